@@ -1,0 +1,162 @@
+"""The byte account: what slots, homes and KV cache take, and whether it fits. Pure arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vllm_moecxl.config import OffloadConfig
+from vllm_moecxl.errors import CapacityError, ConfigError
+from vllm_moecxl.units import MIB, format_bytes
+
+
+@dataclass(frozen=True)
+class LayerNeed:
+    """What one MoE layer is made of, on this rank.
+
+    Attributes:
+        name: vLLM's name of the layer.
+        expert_count: its experts.
+        topk: experts of one token.
+        slab_bytes: bytes of one expert.
+    """
+
+    name: str
+    expert_count: int
+    topk: int
+    slab_bytes: int
+
+    @property
+    def home_bytes(self) -> int:
+        return self.expert_count * self.slab_bytes
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is to give, in bytes.
+
+    Attributes:
+        host_free_bytes: host memory that experts' homes may take.
+        device_free_bytes: compute-device memory for slots and the layer buffer, with KV cache and activations taken off.
+        shared: whether the device is the host, as on the CPU engine: slots and homes then come out of the same memory.
+        kv_cache_bytes: what vLLM was asked to give the KV cache; None where it takes what is left.
+    """
+
+    host_free_bytes: int
+    device_free_bytes: int
+    shared: bool
+    kv_cache_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Account:
+    """The plan for one rank: slots of each layer in order, and where the bytes go."""
+
+    slot_counts: tuple[int, ...]
+    home_bytes: int
+    slot_bytes: int
+    layer_buffer_bytes: int
+    largest_layer_bytes: int
+    kv_cache_bytes: int | None
+
+    def lines(self, layers: Sequence[LayerNeed], bank_name: str) -> list[str]:
+        """The account in words, a line each."""
+        expert_count = sum(layer.expert_count for layer in layers)
+        slot_count = sum(self.slot_counts)
+        kv = "what vLLM finds free" if self.kv_cache_bytes is None else format_bytes(self.kv_cache_bytes)
+        return [
+            f"experts       {expert_count:>8} in {len(layers)} layers, {format_bytes(self.home_bytes)}",
+            f"homes         bank {bank_name}: {format_bytes(self.home_bytes)}",
+            f"slots         {slot_count:>8} ({100 * slot_count / expert_count:.0f}% of the experts), "
+            f"{format_bytes(self.slot_bytes)} on the device",
+            f"layer buffer  {format_bytes(self.layer_buffer_bytes)} on the device",
+            f"loading       one layer at a time, {format_bytes(self.largest_layer_bytes)} on the device",
+            f"KV cache      {kv}",
+        ]
+
+
+def plan(config: OffloadConfig, layers: Sequence[LayerNeed], machine: Machine) -> Account:
+    """Resolve `slots` and `layer_buffer` for these layers and check that everything fits.
+
+    Raises:
+        ConfigError: a slot count that these layers cannot have.
+        CapacityError: the homes or the slots do not fit; the sentence says what would.
+    """
+    home_bytes = sum(layer.home_bytes for layer in layers)
+    largest_layer_bytes = max(layer.home_bytes for layer in layers)
+    capacity_bytes = config.banks[0].capacity_bytes
+    if capacity_bytes is not None and home_bytes > capacity_bytes:
+        raise CapacityError(
+            f"--moe-offload-config: banks gives {format_bytes(capacity_bytes)} to bank {config.banks[0].kind} but the "
+            f"experts take {format_bytes(home_bytes)}: raise its size to at least {-(-home_bytes // MIB)}MiB"
+        )
+    if home_bytes > machine.host_free_bytes:
+        raise CapacityError(
+            f"the experts' homes take {format_bytes(home_bytes)} of host memory and only "
+            f"{format_bytes(machine.host_free_bytes)} are free: free memory, use a quantised checkpoint, or more "
+            "tensor-parallel ranks on other machines"
+        )
+    room_bytes = machine.device_free_bytes - (home_bytes if machine.shared else 0)
+    slot_counts = _slot_counts(config, layers, room_bytes, machine.shared)
+    slot_bytes = _slot_bytes(layers, slot_counts)
+    has_buffer = _wants_layer_buffer(config, layers, slot_counts, room_bytes - slot_bytes, largest_layer_bytes)
+    layer_buffer_bytes = largest_layer_bytes if has_buffer else 0
+    if slot_bytes + layer_buffer_bytes > room_bytes:
+        raise CapacityError(
+            f"--moe-offload-config: slots={config.slots_text!r} takes {format_bytes(slot_bytes)} and the layer buffer "
+            f"{format_bytes(layer_buffer_bytes)} of device memory but {format_bytes(max(room_bytes, 0))} are left for "
+            f"them: {_what_fits(layers, room_bytes - layer_buffer_bytes)}"
+        )
+    return Account(slot_counts, home_bytes, slot_bytes, layer_buffer_bytes, largest_layer_bytes, machine.kv_cache_bytes)
+
+
+def _slot_counts(
+    config: OffloadConfig, layers: Sequence[LayerNeed], room_bytes: int, shared: bool
+) -> tuple[int, ...]:
+    spec = config.slots
+    if spec.total_bytes is not None:
+        counts = _counts_within(layers, spec.total_bytes)
+        if any(count < layer.topk for count, layer in zip(counts, layers, strict=True)):
+            least = _slot_bytes(layers, [layer.topk for layer in layers])
+            raise ConfigError(
+                f"--moe-offload-config: slots={config.slots_text!r} is not possible: every layer needs slots for the "
+                f"top-k of one token, use at least {-(-least // MIB)}MiB"
+            )
+        return counts
+    if not spec.is_auto:
+        return tuple(spec.count_for(layer.expert_count, layer.topk, config.slots_text) for layer in layers)
+    # The layer buffer comes first: without it a long prompt would be cut into very many passes. Where the device is
+    # the host, a slot costs the memory of a home, so "auto" does not spend more than half of it again.
+    largest_layer_bytes = max(layer.home_bytes for layer in layers)
+    home_bytes = sum(layer.home_bytes for layer in layers)
+    budget = room_bytes - largest_layer_bytes
+    counts = _counts_within(layers, min(budget, home_bytes // 2) if shared else budget)
+    return tuple(max(count, layer.topk) for count, layer in zip(counts, layers, strict=True))
+
+
+def _counts_within(layers: Sequence[LayerNeed], total_bytes: int) -> tuple[int, ...]:
+    """The same share of every layer's experts, as large as `total_bytes` allows."""
+    share = min(max(total_bytes, 0) / sum(layer.home_bytes for layer in layers), 1.0)
+    return tuple(int(share * layer.expert_count + 1e-9) for layer in layers)
+
+
+def _slot_bytes(layers: Sequence[LayerNeed], slot_counts: Sequence[int]) -> int:
+    return sum(count * layer.slab_bytes for count, layer in zip(slot_counts, layers, strict=True))
+
+
+def _wants_layer_buffer(
+    config: OffloadConfig, layers: Sequence[LayerNeed], slot_counts: Sequence[int], left_bytes: int, buffer_bytes: int
+) -> bool:
+    if all(count == layer.expert_count for count, layer in zip(slot_counts, layers, strict=True)):
+        return False
+    if config.layer_buffer == "auto":
+        return buffer_bytes <= left_bytes
+    return config.layer_buffer
+
+
+def _what_fits(layers: Sequence[LayerNeed], room_bytes: int) -> str:
+    share = max(room_bytes, 0) / sum(layer.home_bytes for layer in layers)
+    least = max(layer.topk / layer.expert_count for layer in layers)
+    if share < least:
+        return "not even the top-k of one token fits, lower the KV cache or turn off layer_buffer"
+    return f'use slots="{int(100 * min(share, 1.0))}%" or less'

@@ -1,0 +1,82 @@
+"""What Linux says about this process' memory, with container limits counted."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import mmap
+import resource
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from vllm_moecxl.units import KIB, MIB
+
+_MADV_DONTNEED = 4
+#: Mappings at least this large ask for huge pages: fewer TLB misses in long copies, rounding below 2 MiB.
+_HUGE_PAGE_BYTES = 2 * MIB
+_PROC = Path("/proc")
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def available_bytes(proc: Path = _PROC, cgroup: Path = _CGROUP) -> int:
+    """Host memory that this process may still take: the machine's or the cgroup's, whichever is less."""
+    meminfo = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
+    available = int(meminfo["MemAvailable"].split()[0]) * KIB
+    limit, usage = cgroup / "memory.max", cgroup / "memory.current"
+    if limit.exists() and usage.exists() and (text := limit.read_text().strip()) != "max":
+        reclaimable = 0
+        if (stat := cgroup / "memory.stat").exists():
+            rows = dict(line.split(maxsplit=1) for line in stat.read_text().splitlines())
+            reclaimable = int(rows.get("inactive_file", 0))
+        available = min(available, int(text) - int(usage.read_text()) + reclaimable)
+    return max(available, 0)
+
+
+def locked_limit_bytes() -> int | None:
+    """How much memory this process may lock or pin; None for no limit."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
+def anonymous_tensor(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A host tensor in a mapping of its own: exact size, zeros, and no memory taken until it is touched."""
+    element_count = math.prod(shape)
+    assert element_count > 0
+    region = mmap.mmap(-1, element_count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if len(region) >= _HUGE_PAGE_BYTES:
+        region.madvise(mmap.MADV_HUGEPAGE)
+    # The tensor keeps the mapping alive through the buffer that it was made from.
+    return torch.frombuffer(region, dtype=dtype, count=element_count).view(*shape)
+
+
+class FileMappings:
+    """The file-backed, private and unwritten-to ranges of this process, to give their pages back.
+
+    A checkpoint that is read through a mapping counts in the process' resident memory for as long as it is mapped.
+    Once an expert's bytes have been copied home, its pages can go: they are clean, and the file still has them.
+    """
+
+    def __init__(self, maps: Path = _PROC / "self" / "maps") -> None:
+        self._ranges: list[tuple[int, int]] = []
+        for line in maps.read_text().splitlines():
+            fields = line.split(maxsplit=5)
+            if len(fields) == 6 and fields[5].startswith("/") and int(fields[4]) and fields[1].startswith("r"):
+                start, _, end = fields[0].partition("-")
+                self._ranges.append((int(start, 16), int(end, 16)))
+
+    def drop(self, address: int, byte_count: int) -> bool:
+        """Give back the whole pages within [address, address + byte_count) if a file backs them.
+
+        Returns:
+            Whether pages were given back.
+        """
+        start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (address + byte_count) // mmap.PAGESIZE * mmap.PAGESIZE
+        if end <= start or not any(low <= start and end <= high for low, high in self._ranges):
+            return False
+        return _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED) == 0
+
+
+_libc = ctypes.CDLL(None, use_errno=True)

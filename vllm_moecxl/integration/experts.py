@@ -1,0 +1,146 @@
+"""The layer that takes the place of vLLM's `RoutedExperts` and of its subclasses, through vLLM's out-of-tree registry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.custom_op import PluggableLayer, op_registry_oot
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.utils.torch_utils import direct_register_custom_op
+
+from vllm_moecxl.errors import UnsupportedModelError
+from vllm_moecxl.integration.loading import load_to_homes
+from vllm_moecxl.runtime.dispatch import Dispatch
+from vllm_moecxl.runtime.runtime import OffloadRuntime
+
+#: The runtime that layers under construction belong to; None while an engine without offloading builds its model.
+_BUILDING: ContextVar[OffloadRuntime | None] = ContextVar("moe_offload_runtime", default=None)
+
+
+@contextmanager
+def building(runtime: OffloadRuntime | None) -> Iterator[None]:
+    """Give every MoE layer that is constructed inside to `runtime`."""
+    token = _BUILDING.set(runtime)
+    try:
+        yield
+    finally:
+        _BUILDING.reset(token)
+
+
+class SlotExperts(RoutedExperts):
+    """Routed experts that run from slots, if a runtime was there when they were built; otherwise vLLM's own."""
+
+    moe_offload_runtime: OffloadRuntime | None = None
+    moe_offload_dispatch: Dispatch | None = None
+
+    def _get_quant_method(self, prefix: str, quant_config: Any, moe_config: Any) -> FusedMoEMethodBase:
+        runtime = _BUILDING.get()
+        if runtime is None:
+            return super()._get_quant_method(prefix, quant_config, moe_config)
+        _refuse_layer_features(self, moe_config)
+        # Kernels that route by themselves cannot be told which slot an expert is in: vLLM picks another class then.
+        decomposed = "require_decomposed_backend" if hasattr(moe_config, "require_decomposed_backend") else "has_hash_routing"
+        setattr(moe_config, decomposed, True)
+        method = super()._get_quant_method(prefix, quant_config, moe_config)
+        # Past nn.Module's own attribute handling: neither is a parameter, and the runtime is not copied with the layer.
+        object.__setattr__(self, "moe_offload_runtime", runtime)
+        load_to_homes(method, self, runtime, lambda dispatch: object.__setattr__(self, "moe_offload_dispatch", dispatch))
+        return method
+
+    def forward_modular(
+        self,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any = None,
+        shared_experts_input: torch.Tensor | None = None,
+    ) -> Any:
+        if self.moe_offload_runtime is None:
+            return super().forward_modular(x, topk_weights, topk_ids, shared_experts, shared_experts_input)
+        if torch.compiler.is_compiling():
+            # Dynamo may not trace into dispatch; the router stays outside the op, so that it fuses as without us.
+            return torch.ops.moecxl.routed_experts(x, topk_weights, topk_ids, self.layer_name)
+        return self.run_from_slots(x, topk_weights, topk_ids)
+
+    def run_from_slots(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
+        """Compute the layer, see `Dispatch.__call__`."""
+        dispatch = self.moe_offload_dispatch
+        if dispatch is None:
+            raise UnsupportedModelError(
+                f"--moe-offload: the experts of {self.layer_name} were never loaded: this load format passes vLLM's "
+                "weight processing by, use --load-format auto"
+            )
+        return dispatch(x, topk_weights, topk_ids)
+
+
+def register_layers() -> None:
+    """Put `SlotExperts` in the place of `RoutedExperts` and of each subclass that has been imported by now.
+
+    The registry goes by class name and does not cover subclasses, so each gets a class of its own.
+    """
+    for base in _with_subclasses(RoutedExperts):
+        if issubclass(base, SlotExperts):
+            continue
+        taken = op_registry_oot.get(base.__name__)
+        if taken is None:
+            offloaded = SlotExperts if base is RoutedExperts else type(f"Slot{base.__name__}", (SlotExperts, base), {})
+            PluggableLayer.register_oot(offloaded, name=base.__name__)
+        elif not issubclass(taken, SlotExperts):
+            raise UnsupportedModelError(
+                f"--moe-offload: {taken.__module__}.{taken.__name__} of another plugin already replaces vLLM's "
+                f"{base.__name__}: deactivate that plugin with VLLM_PLUGINS"
+            )
+
+
+def _with_subclasses(base: type[RoutedExperts]) -> Iterator[type[RoutedExperts]]:
+    yield base
+    for subclass in base.__subclasses__():
+        yield from _with_subclasses(subclass)
+
+
+def _refuse_layer_features(layer: RoutedExperts, moe_config: Any) -> None:
+    """Features of one layer that change what its rows of experts are.
+
+    Raises:
+        UnsupportedModelError: by the feature's name.
+    """
+    features = {
+        "expert parallelism (--enable-expert-parallel)": moe_config.moe_parallel_config.use_ep,
+        "EPLB (--enable-eplb)": moe_config.moe_parallel_config.enable_eplb,
+        "LoRA on experts (--enable-lora)": moe_config.is_lora_enabled,
+        "shared experts fused into the routed ones": layer.expert_map_manager.num_fused_shared_experts > 0,
+    }
+    for feature, is_used in features.items():
+        if is_used:
+            raise UnsupportedModelError(
+                f"--moe-offload: {layer.layer_name} uses {feature}, which cannot be served from slots: turn it off"
+            )
+
+
+def _routed_experts(
+    x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer_name: str
+) -> torch.Tensor:
+    experts = get_forward_context().no_compile_layers[layer_name].routed_experts
+    return experts.run_from_slots(x, topk_weights, topk_ids)
+
+
+def _routed_experts_fake(
+    x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer_name: str
+) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+# The library owns the op: it lives as long as this module does.
+_LIBRARY = torch.library.Library("moecxl", "FRAGMENT")
+direct_register_custom_op(
+    op_name="routed_experts",
+    op_func=_routed_experts,
+    fake_impl=_routed_experts_fake,
+    target_lib=_LIBRARY,
+)

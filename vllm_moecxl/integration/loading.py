@@ -1,0 +1,174 @@
+"""Load experts one layer at a time and take them home, with vLLM's own loaders and post-processing.
+
+vLLM's layerwise processing (made for online quantisation) does the work: parameters are created on the meta device,
+loaders are buffered until a layer is complete, then that one layer is materialised on the device, loaded, converted to
+the kernel's format by the quantisation method itself, and handed to us.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.moe_output import UnfinalizedMoEOutput
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info, initialize_online_processing
+
+from vllm_moecxl.control.account import LayerNeed
+from vllm_moecxl.data.host import FileMappings
+from vllm_moecxl.data.slabs import Cells
+from vllm_moecxl.errors import UnsupportedModelError
+from vllm_moecxl.integration.initial_values import InitialValues
+from vllm_moecxl.integration.kernels import exact_pass_kind
+from vllm_moecxl.integration.scan import per_expert_tensors
+from vllm_moecxl.runtime.dispatch import Dispatch
+from vllm_moecxl.runtime.runtime import LoadedLayer, OffloadRuntime
+
+
+def load_to_homes(
+    method: FusedMoEMethodBase, layer: RoutedExperts, runtime: OffloadRuntime, adopt: Callable[[Dispatch], None]
+) -> None:
+    """Change one quantisation method object so that its layer's experts end up at home.
+
+    Methods are wrapped on the instance: vLLM's loaders look at the class name of the method, so it may not change.
+
+    Args:
+        adopt: called once with the layer's dispatch, when its experts are home.
+    """
+    create_weights = method.create_weights
+    process_weights = method.process_weights_after_loading
+    defaults: dict[str, float] = {}
+    is_online = method.uses_meta_device  # quantises while loading, and cares for its own defaults
+    is_home = False
+
+    @wraps(create_weights)
+    def create_on_meta(*args: Any, **kwargs: Any) -> None:
+        initial = InitialValues()
+        before = set(layer._parameters)
+        with initial:
+            create_weights(*args, **kwargs)
+        for name, parameter in layer._parameters.items():
+            if parameter is None or name in before or is_online:
+                continue
+            if (fill := initial.of(parameter)) is not None:
+                defaults[name] = fill
+                parameter.weight_loader = _filling(parameter, fill, defaults, name)
+        initialize_online_processing(layer)
+        runtime.declare(_need(layer))
+
+    @wraps(process_weights)
+    def process_and_take_home(_: torch.nn.Module) -> None:
+        nonlocal is_home
+        if is_home:  # the loader's last step visits every layer again
+            return
+        for name, fill in defaults.items():
+            # Nothing was loaded into these: what remains is the value that they were created with.
+            layer.get_parameter(name).data.fill_(fill)
+        sources = _loaded_sources(layer)
+        process_weights(layer)
+        adopt(runtime.install(_loaded_layer(layer, method)))
+        _give_back(sources)
+        is_home = True
+
+    method.create_weights = create_on_meta
+    method.process_weights_after_loading = process_and_take_home
+    method.uses_meta_device = True
+    # Without this, vLLM would move our cells to the device and back around the processing step.
+    method.requires_device_loading = False
+
+
+def _filling(
+    parameter: torch.nn.Parameter, fill: float, pending: dict[str, float], name: str
+) -> Callable[..., object]:
+    """A weight loader that first gives the materialised parameter the value it was created with."""
+    load = parameter.weight_loader
+    signature = inspect.signature(load)
+
+    @wraps(load)
+    def fill_then_load(*args: Any, **kwargs: Any) -> object:
+        target = signature.bind(*args, **kwargs).arguments["param"]
+        if not target.is_meta and name in pending:
+            target.data.fill_(fill)
+            del pending[name]
+        return load(*args, **kwargs)
+
+    return fill_then_load
+
+
+def _need(layer: RoutedExperts) -> LayerNeed:
+    expert_count = layer.local_num_experts
+    layer_bytes = sum(p.nbytes for p in layer.parameters() if p.dim() > 0 and p.shape[0] == expert_count and p.is_meta)
+    return LayerNeed(layer.layer_name, expert_count, layer.top_k, layer_bytes // expert_count)
+
+
+def _loaded_layer(layer: RoutedExperts, method: FusedMoEMethodBase) -> LoadedLayer:
+    """Describe a processed layer to the runtime.
+
+    Raises:
+        UnsupportedModelError: the kernel or a tensor of it cannot work from slots.
+    """
+    if method.moe_kernel is None or method.is_monolithic:
+        raise UnsupportedModelError(
+            f"--moe-offload: {type(method).__name__} of {layer.layer_name} has no kernel that takes routed tokens "
+            "(it routes by itself), so its experts cannot be served from slots: use another --moe-backend, for example triton"
+        )
+    kernel_name = type(method.moe_kernel.fused_experts).__name__
+    groups = per_expert_tensors(layer, layer.local_num_experts)
+
+    def run_kernel(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
+        output = method.apply(
+            layer=layer,
+            x=x,
+            topk_weights=topk_weights,
+            topk_ids=topk_ids,
+            shared_experts=None,
+            shared_experts_input=None,
+        )
+        if isinstance(output, UnfinalizedMoEOutput):
+            raise UnsupportedModelError(
+                f"--moe-offload: {kernel_name} leaves the sum over experts to a later kernel, which cannot be done from "
+                "slots: use another --moe-backend"
+            )
+        return output
+
+    targets = tuple(groups.values())
+
+    def bind(cells: Cells) -> None:
+        for objects, tensor in zip(targets, cells.tensors, strict=True):
+            for target in objects:
+                target.data = tensor
+
+    return LoadedLayer(
+        name=layer.layer_name,
+        topk=layer.top_k,
+        tensors={name: objects[0].data for name, objects in groups.items()},
+        kernel=run_kernel,
+        bind=bind,
+        kernel_name=kernel_name,
+        pass_kind=exact_pass_kind(kernel_name, layer.top_k),
+        hidden_size=layer.hidden_size,
+        dtype=layer.moe_config.in_dtype,
+    )
+
+
+def _loaded_sources(layer: RoutedExperts) -> list[tuple[int, int]]:
+    """Address and size of every checkpoint tensor that was buffered for this layer."""
+    return [
+        (value.data_ptr(), value.nbytes)
+        for _, bound in get_layerwise_info(layer).loaded_weights
+        for value in bound.arguments.values()
+        if isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.is_contiguous()
+    ]
+
+
+def _give_back(sources: list[tuple[int, int]]) -> None:
+    """Drop the pages of checkpoint tensors that are home now: one copy of the experts is enough."""
+    if not sources:
+        return
+    mappings = FileMappings()
+    for address, byte_count in sources:
+        mappings.drop(address, byte_count)

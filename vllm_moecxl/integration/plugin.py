@@ -1,0 +1,79 @@
+"""The entry point of vLLM's general plugins: runs once in every vLLM process, so it does next to nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_moecxl.config import OffloadConfig
+from vllm_moecxl.errors import UnsupportedModelError
+from vllm_moecxl.integration import WORKER_EXTENSION, patches, settings
+from vllm_moecxl.integration.checks import refuse_unsupported
+
+#: Minor versions whose internals we have read and test against.
+SUPPORTED_VLLM = ("0.32", "0.33")
+
+
+def register() -> None:
+    """Make the options known to vLLM, and look at each configuration that is made."""
+    from vllm_moecxl.integration.options import add_options, rewrite_keywords
+
+    patches.patch_arguments(add_options)
+    patches.patch_keywords(rewrite_keywords)
+    patches.patch_configuration(check_configuration)
+
+
+def check_configuration(vllm_config: Any) -> None:
+    """Read, check and complete our options in a finished `VllmConfig`; nothing at all where they are absent or off.
+
+    Raises:
+        MoeOffloadError: one sentence; the engine does not start.
+    """
+    options = settings.options_of(vllm_config)
+    if options is None or settings.is_stamped(options):
+        return
+    config = OffloadConfig.parse(options)
+    if config.mode == "off":
+        settings.drop(vllm_config)
+        return
+    _require_supported_vllm()
+    if vllm_config.model_config is None:
+        return
+    on_cpu = vllm_config.device_config.device_type == "cpu"
+    refuse_unsupported(vllm_config, on_cpu=on_cpu)
+    vllm_config.parallel_config.worker_extension_cls = WORKER_EXTENSION
+    if not on_cpu:
+        _run_without_graphs(vllm_config)
+    _show_metrics()
+    settings.stamp(vllm_config)
+
+
+def _require_supported_vllm() -> None:
+    import vllm
+
+    version = vllm.__version__
+    if not version.startswith(tuple(f"{minor}." for minor in SUPPORTED_VLLM)):
+        raise UnsupportedModelError(
+            f"--moe-offload cxl does not know vLLM {version}: install vLLM {' or '.join(SUPPORTED_VLLM)}, or a newer vllm_moecxl"
+        )
+
+
+def _run_without_graphs(vllm_config: Any) -> None:
+    """Slot look-ups run on the host for now, and a captured graph would replay the look-up of its capture."""
+    from vllm.config import CUDAGraphMode
+    from vllm.logger import init_logger
+
+    compilation = vllm_config.compilation_config
+    if compilation.cudagraph_mode is not CUDAGraphMode.NONE:
+        init_logger("vllm.moecxl").warning(
+            "MoE offload: cudagraph_mode %s becomes NONE, experts are looked up on the host in this version",
+            compilation.cudagraph_mode,
+        )
+        compilation.cudagraph_mode = CUDAGraphMode.NONE
+
+
+def _show_metrics() -> None:
+    from vllm_moecxl.integration import metrics
+
+    metrics.counters_folder()
+    metrics.register_collector()
+    patches.patch_multiprocess_metrics(metrics.register_collector)

@@ -1,0 +1,92 @@
+"""What runs in the workers of an engine that offloads: vLLM imports this module there, and only there.
+
+It comes in as vLLM's worker extension class, so nothing of this costs an engine that does not offload.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from vllm.distributed.parallel_state import get_world_group
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.model_loader.utils import get_model_architecture
+
+from vllm_moecxl.config import OffloadConfig
+from vllm_moecxl.data.devices import make_backend
+from vllm_moecxl.errors import UnsupportedModelError
+from vllm_moecxl.integration import patches
+from vllm_moecxl.integration.device_budget import reserve_bytes
+from vllm_moecxl.integration.experts import SlotExperts, building, register_layers
+from vllm_moecxl.integration.metrics import counters_path
+from vllm_moecxl.integration.settings import active_config
+from vllm_moecxl.runtime.runtime import OffloadRuntime
+
+# Only loggers below "vllm" have a handler.
+logger = init_logger("vllm.moecxl")
+
+_RUNTIME_ATTRIBUTE = "moe_offload_runtime"
+
+
+class MoeOffloadWorker:
+    """Methods that `collective_rpc` can call on each worker."""
+
+    def moe_offload_stats(self) -> list[tuple[str, dict[str, str], float]]:
+        """This worker's counters: (metric, labels, value)."""
+        runtime: OffloadRuntime = getattr(self.model_runner.model, _RUNTIME_ATTRIBUTE)  # type: ignore[attr-defined]
+        return [(row.metric.full_name, row.labels, row.value) for row in runtime.counters.rows()]
+
+
+def _build(create: Callable[[], Any], vllm_config: Any, model_config: Any) -> Any:
+    """Build a model; give its MoE layers to a runtime of their own if this engine offloads."""
+    config = active_config(vllm_config)
+    if config is None:
+        return create()
+    # Importing the model's module is what makes its own subclasses of RoutedExperts known.
+    get_model_architecture(model_config)
+    register_layers()
+    runtime = _make_runtime(config, vllm_config)
+    with building(runtime):
+        model = create()
+    _require_offloaded(model, runtime, is_main=model_config is vllm_config.model_config)
+    if runtime.layer_count:
+        kv_cache_bytes = vllm_config.cache_config.kv_cache_memory_bytes
+        runtime.plan(kv_cache_bytes, reserve_bytes(vllm_config))
+        object.__setattr__(model, _RUNTIME_ATTRIBUTE, runtime)
+    return model
+
+
+def _make_runtime(config: OffloadConfig, vllm_config: Any) -> OffloadRuntime:
+    device = torch.device(vllm_config.device_config.device_type)
+    if device.type != "cpu":
+        device = torch.device(device.type, torch.accelerator.current_device_index())
+    return OffloadRuntime(config, make_backend(device), device, logger, counters_path(get_world_group().rank))
+
+
+def _require_offloaded(model: torch.nn.Module, runtime: OffloadRuntime, *, is_main: bool) -> None:
+    """Loud: asked for, so active, or the engine does not start."""
+    for name, module in model.named_modules():
+        if isinstance(module, RoutedExperts) and not isinstance(module, SlotExperts):
+            raise UnsupportedModelError(
+                f"--moe-offload: {type(module).__name__} at {name} was defined too late to be replaced, so its experts "
+                "would stay on the device: please report this model"
+            )
+    if is_main and not runtime.layer_count:
+        raise UnsupportedModelError(
+            f"--moe-offload cxl: no layer of {type(model).__name__} runs its experts through vLLM's RoutedExperts, so "
+            "there is nothing to offload: drop --moe-offload"
+        )
+
+
+def _refuse_weight_access(vllm_config: Any, method: str) -> None:
+    if active_config(vllm_config) is not None:
+        raise UnsupportedModelError(
+            f"--moe-offload: {method} would read or write slots instead of experts: restart the engine with the new "
+            "weights, or serve without --moe-offload"
+        )
+
+
+patches.patch_model_creation(_build)
+patches.patch_weight_access(_refuse_weight_access)

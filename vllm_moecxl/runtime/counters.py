@@ -1,0 +1,118 @@
+"""Counters that a worker writes and the API server reads, in a small file of shared memory.
+
+File: 8 bytes little-endian header length, a JSON header (a list of [metric, labels]), then one int64 a row, 8-byte
+aligned. One process writes, any number read; a torn read is impossible, since each value is one aligned word.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Iterator, Mapping
+from enum import Enum
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from vllm_moecxl.types import Lookup, PassKind, SlotState
+
+_WORD_BYTES = 8
+
+
+class Metric(Enum):
+    """Our metrics: name without the prefix, help text, whether it only grows, and what one count stands for."""
+
+    LOOKUPS = ("lookups_total", "Experts looked up, once per layer and forward.", True, 1.0)
+    FETCH_BYTES = ("fetch_bytes_total", "Bytes copied from a bank into slots or the layer buffer.", True, 1.0)
+    STALL_SECONDS = ("stall_seconds_total", "Seconds that forwards waited for fetches.", True, 1e-9)
+    PASSES = ("passes_total", "Kernel calls, by the kind of pass.", True, 1.0)
+    SLOTS = ("slots", "Slots in each state.", False, 1.0)
+
+    def __init__(self, suffix: str, documentation: str, is_counter: bool, scale: float) -> None:
+        self.full_name = f"vllm:moe_offload_{suffix}"
+        self.documentation = documentation
+        self.is_counter = is_counter
+        self.scale = scale
+
+
+class Row(NamedTuple):
+    """One labelled value of a metric, in its unit."""
+
+    metric: Metric
+    labels: dict[str, str]
+    value: float
+
+
+class Counters:
+    """This worker's counters.
+
+    Args:
+        bank_names: banks that get a row each.
+        path: the file to share them through; None keeps them in this process.
+
+    Attributes:
+        values: [rows] int64, indexed by the attributes below.
+    """
+
+    def __init__(self, bank_names: list[str], path: Path | None = None) -> None:
+        self._rows: list[tuple[Metric, dict[str, str]]] = []
+        self.lookup = {outcome: self._add(Metric.LOOKUPS, outcome=outcome.value) for outcome in Lookup}
+        self.hit = self.lookup[Lookup.HIT]
+        self.fetch_bytes = {name: self._add(Metric.FETCH_BYTES, bank=name, cause="demand") for name in bank_names}
+        self.stall_ns = self._add(Metric.STALL_SECONDS)
+        self.passes = {kind: self._add(Metric.PASSES, kind=kind.value) for kind in PassKind}
+        self.single_pass = self.passes[PassKind.SINGLE]
+        self.slots = {state: self._add(Metric.SLOTS, state=state.name.lower()) for state in SlotState}
+        self.values = np.zeros(len(self._rows), dtype=np.int64) if path is None else self._map(path)
+
+    def rows(self) -> list[Row]:
+        """All values now."""
+        return [Row(m, labels, int(v) * m.scale) for (m, labels), v in zip(self._rows, self.values, strict=True)]
+
+    def _add(self, metric: Metric, **labels: str) -> int:
+        self._rows.append((metric, labels))
+        return len(self._rows) - 1
+
+    def _map(self, path: Path) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        header = json.dumps([[metric.name, labels] for metric, labels in self._rows]).encode()
+        header += b" " * (-len(header) % _WORD_BYTES)
+        start = _WORD_BYTES + len(header)
+        # A reader must not see half a header: write aside, then rename.
+        aside = path.with_name(f".{path.name}")
+        aside.write_bytes(len(header).to_bytes(_WORD_BYTES, "little") + header + bytes(_WORD_BYTES * len(self._rows)))
+        aside.rename(path)
+        with path.open("r+b") as file:
+            region = mmap.mmap(file.fileno(), 0)
+        return np.frombuffer(region, dtype=np.int64, offset=start)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a counter file that another process writes."""
+    data = path.read_bytes()
+    start = _WORD_BYTES + int.from_bytes(data[:_WORD_BYTES], "little")
+    values = np.frombuffer(data, dtype=np.int64, offset=start)
+    names = json.loads(data[_WORD_BYTES:start])
+    return [
+        Row(metric := Metric[name], labels, int(value) * metric.scale)
+        for (name, labels), value in zip(names, values, strict=True)
+    ]
+
+
+def sum_rows(groups: Iterator[list[Row]]) -> list[Row]:
+    """Add up the rows of several workers that agree in metric and labels."""
+    totals: dict[tuple[Metric, tuple[tuple[str, str], ...]], float] = {}
+    for rows in groups:
+        for metric, labels, value in rows:
+            key = (metric, tuple(labels.items()))
+            totals[key] = totals.get(key, 0.0) + value
+    return [Row(metric, dict(labels), value) for (metric, labels), value in totals.items()]
+
+
+def by_label(rows: list[Row], metric: Metric, label: str) -> Mapping[str, float]:
+    """Values of one metric, summed over all labels but one."""
+    result: dict[str, float] = {}
+    for row in rows:
+        if row.metric is metric:
+            result[row.labels[label]] = result.get(row.labels[label], 0.0) + row.value
+    return result

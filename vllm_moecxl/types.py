@@ -1,0 +1,44 @@
+"""The vocabulary that all layers share; the README's glossary in code."""
+
+from __future__ import annotations
+
+import enum
+from typing import NamedTuple
+
+
+class ExpertKey(NamedTuple):
+    """An expert as vLLM counts it on this rank."""
+
+    layer_id: int
+    expert_id: int
+
+
+class Lookup(enum.Enum):
+    """What residency answers for one expert."""
+
+    HIT = "hit"
+    PENDING = "pending"
+    MISS = "miss"
+
+
+class SlotState(enum.IntEnum):
+    """A slot's life. Weights are clean, so eviction writes nothing."""
+
+    FREE = 0
+    FILLING = 1
+    RESIDENT = 2
+
+
+class PassKind(enum.Enum):
+    """How a forward is run when it needs more experts than there are slots.
+
+    SINGLE: one kernel call from the slots, everything fits.
+    TOKEN: several calls, each takes whole tokens whose experts fit together.
+    EXPERT: several calls, each takes all tokens of some experts; their outputs are added.
+    LAYER_BUFFER: one kernel call from a buffer with a row for every expert.
+    """
+
+    SINGLE = "single"
+    TOKEN = "token"
+    EXPERT = "expert"
+    LAYER_BUFFER = "layer_buffer"

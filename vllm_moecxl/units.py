@@ -1,0 +1,43 @@
+"""Byte quantities as people write them."""
+
+from __future__ import annotations
+
+import re
+
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
+
+_FACTORS = {
+    "": 1,
+    "b": 1,
+    "k": 10**3,
+    "kb": 10**3,
+    "kib": KIB,
+    "m": 10**6,
+    "mb": 10**6,
+    "mib": MIB,
+    "g": 10**9,
+    "gb": 10**9,
+    "gib": GIB,
+    "t": 10**12,
+    "tb": 10**12,
+    "tib": 1 << 40,
+}
+_BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*")
+
+
+def parse_bytes(text: str) -> int | None:
+    """Bytes of a quantity with a unit such as ``24GiB`` or ``512 MB``; None where it is not one."""
+    match = _BYTES.fullmatch(text)
+    if match is None or (factor := _FACTORS.get(match[2].lower())) is None:
+        return None
+    return int(float(match[1]) * factor)
+
+
+def format_bytes(count: int) -> str:
+    """`count` bytes in the largest binary unit that keeps at least one digit before the point."""
+    for unit, size in (("TiB", 1 << 40), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"
