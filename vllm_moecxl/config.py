@@ -13,6 +13,9 @@ from vllm_moecxl.units import parse_bytes
 Mode = Literal["off", "cxl"]
 MODES: tuple[Mode, ...] = ("off", "cxl")
 
+#: Minor versions of vLLM whose internals we have read and test against.
+SUPPORTED_VLLM = ("0.32", "0.33")
+
 #: Names of the eviction policies; `control.eviction.POLICIES` has a factory for each.
 EVICTIONS = ("lru",)
 
@@ -85,7 +88,7 @@ class SlotSpec:
         assert not self.is_auto and self.total_bytes is None
         count = self.count if self.count is not None else math.ceil((self.share or 0) * expert_count - 1e-9)
         if count < topk:
-            least = f'{math.ceil(100 * topk / expert_count)}%' if self.share is not None else str(topk)
+            least = f"{math.ceil(100 * topk / expert_count)}%" if self.share is not None else str(topk)
             raise _fail(
                 "slots", text, f"one token needs {topk} experts of {expert_count} at once (top-k), use at least {least}"
             )

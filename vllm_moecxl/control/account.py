@@ -37,7 +37,7 @@ class Machine:
 
     Attributes:
         host_free_bytes: host memory that experts' homes may take.
-        device_free_bytes: compute-device memory for slots and the layer buffer, with KV cache and activations taken off.
+        device_free_bytes: compute-device memory for slots and layer buffer, with KV cache and activations taken off.
         shared: whether the device is the host, as on the CPU engine: slots and homes then come out of the same memory.
         kv_cache_bytes: what vLLM was asked to give the KV cache; None where it takes what is left.
     """
@@ -110,14 +110,14 @@ def plan(config: OffloadConfig, layers: Sequence[LayerNeed], machine: Machine) -
     return Account(slot_counts, home_bytes, slot_bytes, layer_buffer_bytes, largest_layer_bytes, machine.kv_cache_bytes)
 
 
-def _slot_counts(
-    config: OffloadConfig, layers: Sequence[LayerNeed], room_bytes: int, shared: bool
-) -> tuple[int, ...]:
+def _slot_counts(config: OffloadConfig, layers: Sequence[LayerNeed], room_bytes: int, shared: bool) -> tuple[int, ...]:
     spec = config.slots
     if spec.total_bytes is not None:
         counts = _counts_within(layers, spec.total_bytes)
         if any(count < layer.topk for count, layer in zip(counts, layers, strict=True)):
-            least = _slot_bytes(layers, [layer.topk for layer in layers])
+            # Every layer gets the same share, so the one whose token needs the largest share decides.
+            home_bytes = sum(layer.home_bytes for layer in layers)
+            least = max(-(-layer.topk * home_bytes // layer.expert_count) for layer in layers)
             raise ConfigError(
                 f"--moe-offload-config: slots={config.slots_text!r} is not possible: every layer needs slots for the "
                 f"top-k of one token, use at least {-(-least // MIB)}MiB"
@@ -155,8 +155,9 @@ def _wants_layer_buffer(
 
 
 def _what_fits(layers: Sequence[LayerNeed], room_bytes: int) -> str:
-    share = max(room_bytes, 0) / sum(layer.home_bytes for layer in layers)
-    least = max(layer.topk / layer.expert_count for layer in layers)
-    if share < least:
+    # Bytes, since they are rounded down to whole slots: a percentage is rounded up, and could be refused again.
+    fitting_mib = max(room_bytes, 0) // MIB
+    counts = _counts_within(layers, fitting_mib * MIB)
+    if any(count < layer.topk for count, layer in zip(counts, layers, strict=True)):
         return "not even the top-k of one token fits, lower the KV cache or turn off layer_buffer"
-    return f'use slots="{int(100 * min(share, 1.0))}%" or less'
+    return f'use slots="{fitting_mib}MiB" or less'

@@ -11,40 +11,46 @@ import numpy.typing as npt
 from vllm_moecxl.config import EVICTIONS
 
 SlotIds = npt.NDArray[np.integer]
+Epochs = npt.NDArray[np.int64]
 
 
 class EvictionPolicy(Protocol):
-    """Sees every access of one layer's slots and names victims. One policy object serves one layer."""
+    """Names the victims of one layer. One policy object serves one layer.
+
+    Recency costs a policy nothing: leases stamp the slots that they read, and `victim` is given the stamps.
+    """
 
     def record(self, slot_ids: SlotIds) -> None:
-        """One forward read these slots. Slots may repeat; the order within one call means nothing."""
+        """One forward reads these slots. Slots may repeat; the order within one call means nothing."""
 
     def admit(self, slot_id: int, expert_id: int) -> None:
-        """`slot_id` now holds `expert_id`, fetched for use in this forward."""
+        """`slot_id` now holds `expert_id`."""
 
-    def victim(self, candidates: npt.NDArray[np.bool_]) -> int:
-        """The slot to evict among `candidates` ([slots] bool, at least one is True)."""
+    def victim(self, candidates: npt.NDArray[np.bool_], last_read: Epochs) -> int:
+        """The slot to evict.
+
+        Args:
+            candidates: [slots] bool, at least one is True.
+            last_read: [slots] int64, the epoch in which each slot was last read or filled; larger is later.
+        """
 
 
 class LeastRecentlyUsed:
     """Evicts the slot whose last read lies furthest back; the lower slot id where two were read together."""
 
     def __init__(self, slot_count: int) -> None:
-        self._reads = 0
-        self._last_read = np.zeros(slot_count, dtype=np.int64)
+        """The stamps are all it needs."""
 
     def record(self, slot_ids: SlotIds) -> None:
-        self._reads += 1
-        self._last_read[slot_ids] = self._reads
+        """Nothing beyond the stamps."""
 
     def admit(self, slot_id: int, expert_id: int) -> None:
-        self._reads += 1
-        self._last_read[slot_id] = self._reads
+        """Nothing beyond the stamps."""
 
-    def victim(self, candidates: npt.NDArray[np.bool_]) -> int:
+    def victim(self, candidates: npt.NDArray[np.bool_], last_read: Epochs) -> int:
         slot_ids = np.flatnonzero(candidates)
         assert slot_ids.size, "an eviction needs at least one candidate"
-        return int(slot_ids[self._last_read[slot_ids].argmin()])
+        return int(slot_ids[last_read[slot_ids].argmin()])
 
 
 POLICIES: dict[str, Callable[[int], EvictionPolicy]] = {"lru": LeastRecentlyUsed}

@@ -25,7 +25,9 @@ class Pass:
     token_ids: Ids | None
 
 
-def token_passes(topk_ids: npt.NDArray[np.integer], resident: Mask, slot_count: int, fetch_limit: int) -> list[Pass] | None:
+def token_passes(
+    topk_ids: npt.NDArray[np.integer], resident: Mask, slot_count: int, fetch_limit: int
+) -> list[Pass] | None:
     """Group whole tokens into passes whose experts fit the slots together, so that few slabs are fetched twice.
 
     Greedy: a pass starts from what is resident and takes, again and again, the tokens that cost the fewest fetches
@@ -69,7 +71,7 @@ def token_passes(topk_ids: npt.NDArray[np.integer], resident: Mask, slot_count: 
 
 
 def expert_passes(expert_ids: npt.NDArray[np.integer], resident: Mask, slot_count: int) -> list[Pass]:
-    """Split distinct experts into passes of at most `slot_count`, the resident ones first, so that none is fetched twice."""
+    """Split distinct experts into passes of at most `slot_count`, resident ones first: none is fetched twice."""
     ordered = expert_ids[np.argsort(~resident[expert_ids], kind="stable")].astype(np.int64)
     return [Pass(ordered[start : start + slot_count], None) for start in range(0, ordered.size, slot_count)]
 
@@ -83,7 +85,7 @@ def needed_later(passes: Sequence[Pass], index: int, expert_count: int) -> Mask:
 
 
 def _fill_pass(member: Mask, resident: Mask, slot_count: int) -> tuple[Mask, Mask]:
-    """Experts ([experts] bool) and sets ([sets] bool) of the next pass, out of the sets in `member` ([sets, experts])."""
+    """Experts ([experts] bool) and sets ([sets] bool) of the next pass, of the sets in `member` ([sets, experts])."""
     chosen = np.zeros(member.shape[1], dtype=np.bool_)
     size = member.sum(axis=1)
     cost = (member & ~resident).sum(axis=1)

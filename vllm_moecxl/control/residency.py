@@ -1,9 +1,9 @@
 """Which expert is in which slot of one layer, and who holds it: lookups, fills, leases, evictions.
 
-Leases are counted in epochs rather than per slot: a lease stamps its slots with a fresh number, and a slot is held while
-its stamp is newer than the newest number up to which all leases have ended. Taking a lease is one vectorised store and
-ending it is O(1), which is what the hot path can afford. A slot may stay held a little longer than its own lease (until
-older ones end too), never shorter.
+Leases are counted in epochs rather than per slot: a lease stamps its slots with a fresh number, and a slot is held
+while its stamp is newer than the newest number up to which all leases have ended. Taking a lease is one vectorised
+store and ending it is O(1), which is what the hot path can afford. A slot may stay held a little longer than its own
+lease (until older ones end too), never shorter.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Lease:
 
     Attributes:
         epoch: its stamp.
-        slot_ids: [routes] int32, a slot for each expert id of the request, in its order.
+        slot_ids: int32 in the shape of the request, a slot for each of its expert ids.
         distinct_count: how many different slots these are.
     """
 
@@ -70,7 +70,8 @@ class Residency:
 
     def resident_mask(self) -> npt.NDArray[np.bool_]:
         """[experts] bool, which experts may be read."""
-        return self._resident_slot_of != ABSENT
+        mask: npt.NDArray[np.bool_] = self._resident_slot_of != ABSENT
+        return mask
 
     def resident_slot(self, expert_id: int) -> int:
         """Slot of a resident expert."""
@@ -87,7 +88,7 @@ class Residency:
         """Hold the slots of `expert_ids`, or None (and nothing changed) unless every one of them is resident.
 
         Args:
-            expert_ids: [routes] uint32, repeats allowed, at least one. Unsigned, so that a negative id cannot wrap
+            expert_ids: uint32 of any shape, repeats allowed, at least one. Unsigned, so that a negative id cannot wrap
                 around to a valid row.
 
         Raises:
@@ -96,14 +97,29 @@ class Residency:
         try:
             slot_ids = self._resident_slot_of.take(expert_ids)
         except IndexError:
-            raise self._out_of_range(expert_ids) from None
-        if slot_ids.min() < 0:
+            self.require_known(expert_ids)
+            raise
+        # argmin with an item costs a fraction of min, which goes through the ufunc machinery.
+        if slot_ids.item(slot_ids.argmin()) < 0:
             return None
         self._epoch = epoch = self._epoch + 1
         self._open_epochs[epoch] = None
         self._stamp[slot_ids] = epoch
         self._policy.record(slot_ids)
         return Lease(epoch, slot_ids, int(np.count_nonzero(self._stamp == epoch)))
+
+    def require_known(self, expert_ids: npt.NDArray[np.uint32]) -> None:
+        """Check ids before a kernel reads rows by them; unsigned, as for `lease`.
+
+        Raises:
+            IntegrityError: an id that this layer does not have.
+        """
+        if (worst := int(expert_ids.max())) >= self.expert_count:
+            shown = worst - (1 << 32) if worst >= 1 << 31 else worst
+            raise IntegrityError(
+                f"the router chose expert {shown} of a layer with {self.expert_count} experts: "
+                "the request is refused before a kernel reads outside its weights"
+            )
 
     def release(self, lease: Lease) -> None:
         """End a lease, once the device has finished reading its slots. A lease ends once."""
@@ -136,7 +152,7 @@ class Residency:
                 evictable = dispensable
             if not evictable.any():
                 return None
-            slot_id = self._policy.victim(evictable)
+            slot_id = self._policy.victim(evictable, self._stamp)
             assert evictable[slot_id], "an eviction policy named a slot that is held"
             self._resident_slot_of[self._expert_of[slot_id]] = ABSENT
         self._state[slot_id] = SlotState.FILLING
@@ -149,6 +165,7 @@ class Residency:
         expert_id = self._end_fill(slot_id)
         self._state[slot_id] = SlotState.RESIDENT
         self._resident_slot_of[expert_id] = slot_id
+        self._stamp[slot_id] = self._ended_epoch  # as recent as can be without being held
         self._policy.admit(slot_id, expert_id)
 
     def abort_fill(self, slot_id: int) -> None:
@@ -177,11 +194,3 @@ class Residency:
         expert_id = int(self._expert_of[slot_id])
         self._filling_slot_of[expert_id] = ABSENT
         return expert_id
-
-    def _out_of_range(self, expert_ids: npt.NDArray[np.uint32]) -> IntegrityError:
-        worst = int(expert_ids.max())
-        shown = worst - (1 << 32) if worst >= 1 << 31 else worst
-        return IntegrityError(
-            f"the router chose expert {shown} of a layer with {self.expert_count} experts: "
-            "the request is refused before a kernel reads outside its weights"
-        )

@@ -54,7 +54,8 @@ class DramBank:
         if self.capacity_bytes is not None and self.used_bytes + byte_count > self.capacity_bytes:
             raise CapacityError(
                 f"--moe-offload-config: bank {self.name} holds {format_bytes(self.capacity_bytes)}, has "
-                f"{format_bytes(self.used_bytes)} in use and cannot take {format_bytes(byte_count)} more: raise its size"
+                f"{format_bytes(self.used_bytes)} in use and cannot take {format_bytes(byte_count)} more: "
+                "raise its size"
             )
         tensor = anonymous_tensor(shape, dtype)
         self.used_bytes += byte_count

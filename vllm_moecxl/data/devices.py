@@ -67,7 +67,7 @@ class CpuBackend:
     def route_ids(self, topk_ids: torch.Tensor) -> torch.Tensor:
         if topk_ids.dtype is torch.int32 and topk_ids.is_contiguous():
             return topk_ids
-        return topk_ids.to(torch.int32).contiguous()
+        return _to_int32(topk_ids).contiguous()
 
     def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
@@ -100,7 +100,7 @@ class CudaBackend:
         copy_rows(sources, source_ids, targets, target_ids)
 
     def route_ids(self, topk_ids: torch.Tensor) -> torch.Tensor:
-        return topk_ids.to(device="cpu", dtype=torch.int32).contiguous()
+        return _to_int32(topk_ids.to("cpu")).contiguous()
 
     def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self._device)
@@ -109,7 +109,13 @@ class CudaBackend:
         return torch.cuda.mem_get_info(self._device)[0]
 
 
+def _to_int32(ids: torch.Tensor) -> torch.Tensor:
+    """Ids of any integer type as int32; one that is too wide stays out of every layer's range."""
+    if ids.dtype is torch.int64:
+        ids = ids.clamp(-1, torch.iinfo(torch.int32).max)
+    return ids.to(torch.int32)
+
+
 def make_backend(device: torch.device) -> DeviceBackend:
     """The backend of vLLM's compute device."""
     return CpuBackend() if device.type == "cpu" else CudaBackend(device)
-

@@ -1,4 +1,4 @@
-"""The layer that takes the place of vLLM's `RoutedExperts` and of its subclasses, through vLLM's out-of-tree registry."""
+"""The layer that takes the place of vLLM's `RoutedExperts` and its subclasses, by vLLM's out-of-tree registry."""
 
 from __future__ import annotations
 
@@ -45,12 +45,16 @@ class SlotExperts(RoutedExperts):
             return super()._get_quant_method(prefix, quant_config, moe_config)
         _refuse_layer_features(self, moe_config)
         # Kernels that route by themselves cannot be told which slot an expert is in: vLLM picks another class then.
-        decomposed = "require_decomposed_backend" if hasattr(moe_config, "require_decomposed_backend") else "has_hash_routing"
+        decomposed = (
+            "require_decomposed_backend" if hasattr(moe_config, "require_decomposed_backend") else "has_hash_routing"
+        )
         setattr(moe_config, decomposed, True)
         method = super()._get_quant_method(prefix, quant_config, moe_config)
         # Past nn.Module's own attribute handling: neither is a parameter, and the runtime is not copied with the layer.
         object.__setattr__(self, "moe_offload_runtime", runtime)
-        load_to_homes(method, self, runtime, lambda dispatch: object.__setattr__(self, "moe_offload_dispatch", dispatch))
+        load_to_homes(
+            method, self, runtime, lambda dispatch: object.__setattr__(self, "moe_offload_dispatch", dispatch)
+        )
         return method
 
     def forward_modular(
@@ -76,6 +80,8 @@ class SlotExperts(RoutedExperts):
                 f"--moe-offload: the experts of {self.layer_name} were never loaded: this load format passes vLLM's "
                 "weight processing by, use --load-format auto"
             )
+        if get_forward_context().attn_metadata is None:  # vLLM's own dummy runs
+            return dispatch.rehearse(x, topk_weights, topk_ids)
         return dispatch(x, topk_weights, topk_ids)
 
 
@@ -137,7 +143,7 @@ def _routed_experts_fake(
 
 
 # The library owns the op: it lives as long as this module does.
-_LIBRARY = torch.library.Library("moecxl", "FRAGMENT")
+_LIBRARY = torch.library.Library("moecxl", "FRAGMENT")  # type: ignore[no-untyped-call]
 direct_register_custom_op(
     op_name="routed_experts",
     op_func=_routed_experts,

@@ -19,7 +19,7 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info, initialize_online_processing
 
 from vllm_moecxl.control.account import LayerNeed
-from vllm_moecxl.data.host import FileMappings
+from vllm_moecxl.data.host import FileMappings, trim_heap
 from vllm_moecxl.data.slabs import Cells
 from vllm_moecxl.errors import UnsupportedModelError
 from vllm_moecxl.integration.initial_values import InitialValues
@@ -68,10 +68,10 @@ def load_to_homes(
         for name, fill in defaults.items():
             # Nothing was loaded into these: what remains is the value that they were created with.
             layer.get_parameter(name).data.fill_(fill)
-        sources = _loaded_sources(layer)
+        _give_back(_loaded_sources(layer))
         process_weights(layer)
         adopt(runtime.install(_loaded_layer(layer, method)))
-        _give_back(sources)
+        trim_heap()
         is_home = True
 
     method.create_weights = create_on_meta
@@ -81,11 +81,9 @@ def load_to_homes(
     method.requires_device_loading = False
 
 
-def _filling(
-    parameter: torch.nn.Parameter, fill: float, pending: dict[str, float], name: str
-) -> Callable[..., object]:
+def _filling(parameter: torch.nn.Parameter, fill: float, pending: dict[str, float], name: str) -> Callable[..., object]:
     """A weight loader that first gives the materialised parameter the value it was created with."""
-    load = parameter.weight_loader
+    load: Callable[..., object] = getattr(parameter, "weight_loader")  # noqa: B009 - vLLM sets it, torch does not know
     signature = inspect.signature(load)
 
     @wraps(load)
@@ -114,7 +112,7 @@ def _loaded_layer(layer: RoutedExperts, method: FusedMoEMethodBase) -> LoadedLay
     if method.moe_kernel is None or method.is_monolithic:
         raise UnsupportedModelError(
             f"--moe-offload: {type(method).__name__} of {layer.layer_name} has no kernel that takes routed tokens "
-            "(it routes by itself), so its experts cannot be served from slots: use another --moe-backend, for example triton"
+            "(it routes by itself), so its experts cannot be served from slots: use another --moe-backend, such as triton"
         )
     kernel_name = type(method.moe_kernel.fused_experts).__name__
     groups = per_expert_tensors(layer, layer.local_num_experts)
@@ -130,8 +128,8 @@ def _loaded_layer(layer: RoutedExperts, method: FusedMoEMethodBase) -> LoadedLay
         )
         if isinstance(output, UnfinalizedMoEOutput):
             raise UnsupportedModelError(
-                f"--moe-offload: {kernel_name} leaves the sum over experts to a later kernel, which cannot be done from "
-                "slots: use another --moe-backend"
+                f"--moe-offload: {kernel_name} leaves the sum over experts to a later kernel, which cannot be done "
+                "from slots: use another --moe-backend"
             )
         return output
 
@@ -166,7 +164,7 @@ def _loaded_sources(layer: RoutedExperts) -> list[tuple[int, int]]:
 
 
 def _give_back(sources: list[tuple[int, int]]) -> None:
-    """Drop the pages of checkpoint tensors that are home now: one copy of the experts is enough."""
+    """Drop the mapped pages of checkpoint tensors whose contents the layer has by now: one copy is enough."""
     if not sources:
         return
     mappings = FileMappings()

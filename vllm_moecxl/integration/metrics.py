@@ -14,7 +14,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from prometheus_client import REGISTRY, CollectorRegistry
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric as Family
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
 from vllm_moecxl.runtime.counters import Metric, Row, read_rows, sum_rows
@@ -60,7 +61,7 @@ class OffloadCollector(Collector):
         return []  # nothing to read yet when this is registered
 
     def collect(self) -> Iterator[Family]:
-        families: dict[Metric, Family] = {}
+        families: dict[Metric, CounterMetricFamily | GaugeMetricFamily] = {}
         for metric, labels, value in current_rows():
             if metric not in families:
                 make = CounterMetricFamily if metric.is_counter else GaugeMetricFamily

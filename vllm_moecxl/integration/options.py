@@ -17,7 +17,7 @@ class _ModeAction(argparse.Action):
     """Writes into `additional_config`: API server processes unpickle the namespace before any plugin is loaded."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        _store(parser, namespace, self, mode=values)
+        _store(parser, namespace, mode=values)
 
 
 class _ConfigAction(argparse.Action):
@@ -29,13 +29,13 @@ class _ConfigAction(argparse.Action):
         except ValueError:
             options = None
         if not isinstance(options, dict):
-            parser.error(f"argument {option_string}: {values!r} is not a JSON object such as '{{\"slots\": \"25%\"}}'")
+            parser.error(f'argument {option_string}: {values!r} is not a JSON object such as \'{{"slots": "25%"}}\'')
         try:
             # The mode may come later on the line: check the options on their own, as if it were on.
             OffloadConfig.parse({"mode": "cxl", **options})
         except MoeOffloadError as error:
             parser.error(str(error))
-        _store(parser, namespace, self, **options)
+        _store(parser, namespace, **options)
 
 
 class _AdditionalConfigAction(argparse._StoreAction):
@@ -48,7 +48,7 @@ class _AdditionalConfigAction(argparse._StoreAction):
             setattr(namespace, self.dest, merge(values, **ours))
 
 
-def _store(parser: Any, namespace: Any, action: argparse.Action, **options: Any) -> None:
+def _store(parser: Any, namespace: Any, **options: Any) -> None:
     try:
         namespace.additional_config = merge(getattr(namespace, "additional_config", None), **options)
     except MoeOffloadError as error:
@@ -67,7 +67,7 @@ def add_options(parser: Any) -> None:
         action=_ModeAction,
         choices=list(MODES),
         default=argparse.SUPPRESS,
-        help="cxl: keep the experts in host memory (CXL, DRAM) and a cache of them in slots on the device. Default: off.",
+        help="cxl: keep the experts in host memory and a cache of them in slots on the device. Default: off.",
     )
     group.add_argument(
         "--moe-offload-config",

@@ -56,7 +56,7 @@ def patch_keywords(rewrite: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
 
 
 def patch_configuration(check: Callable[[Any], None]) -> None:
-    """`Platform.check_and_update_config`: the one call at which a complete `VllmConfig` may still be refused or changed."""
+    """`Platform.check_and_update_config`: the one call where a whole `VllmConfig` can still be refused or changed."""
     from vllm.platforms import current_platform
 
     def make(original: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -88,7 +88,7 @@ def patch_multiprocess_metrics(register: Callable[[Any], None]) -> None:
 def patch_model_creation(build: Callable[[Callable[[], Any], Any, Any], Any]) -> None:
     """`BaseModelLoader.create_model`: between the model's construction and its first weight the byte account is due.
 
-    A load format of our own would be an official way, but vLLM compares `load_format` with its own names in many places.
+    A load format of our own would be an official way, but vLLM compares `load_format` with its names in many places.
     """
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_moecxl.config import OffloadConfig
+from vllm_moecxl.config import SUPPORTED_VLLM, OffloadConfig
 from vllm_moecxl.errors import UnsupportedModelError
 from vllm_moecxl.integration import WORKER_EXTENSION, patches, settings
 from vllm_moecxl.integration.checks import refuse_unsupported
-
-#: Minor versions whose internals we have read and test against.
-SUPPORTED_VLLM = ("0.32", "0.33")
 
 
 def register() -> None:
@@ -40,11 +37,20 @@ def check_configuration(vllm_config: Any) -> None:
         return
     on_cpu = vllm_config.device_config.device_type == "cpu"
     refuse_unsupported(vllm_config, on_cpu=on_cpu)
+    _require_possible_slots(config, vllm_config.model_config)
     vllm_config.parallel_config.worker_extension_cls = WORKER_EXTENSION
     if not on_cpu:
         _run_without_graphs(vllm_config)
     _show_metrics()
     settings.stamp(vllm_config)
+
+
+def _require_possible_slots(config: OffloadConfig, model_config: Any) -> None:
+    """Say now what a worker would find out after minutes: a count that no layer of this model can have."""
+    if not config.slots.is_auto and config.slots.total_bytes is None:
+        config.slots.count_for(
+            model_config.get_num_experts(), model_config.get_num_experts_per_tok(), config.slots_text
+        )
 
 
 def _require_supported_vllm() -> None:
@@ -53,7 +59,8 @@ def _require_supported_vllm() -> None:
     version = vllm.__version__
     if not version.startswith(tuple(f"{minor}." for minor in SUPPORTED_VLLM)):
         raise UnsupportedModelError(
-            f"--moe-offload cxl does not know vLLM {version}: install vLLM {' or '.join(SUPPORTED_VLLM)}, or a newer vllm_moecxl"
+            f"--moe-offload cxl does not know vLLM {version}: install vLLM {' or '.join(SUPPORTED_VLLM)}, or a newer "
+            "vllm_moecxl"
         )
 
 

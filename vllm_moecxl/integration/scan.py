@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Iterator
 
 import torch
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from vllm_moecxl.errors import UnsupportedModelError
 
@@ -16,7 +17,7 @@ from vllm_moecxl.errors import UnsupportedModelError
 _NOT_PER_EXPERT = frozenset({"e_score_correction_bias", "hash_indices_table", "w13_input_scale", "w2_input_scale"})
 
 
-def per_expert_tensors(layer: torch.nn.Module, expert_count: int) -> dict[str, list[torch.Tensor]]:
+def per_expert_tensors(layer: RoutedExperts, expert_count: int) -> dict[str, list[torch.Tensor]]:
     """By name, the tensor objects that hold one row per expert, after the kernel has been built.
 
     A list has several objects where the kernel holds aliases of a parameter: all of them have to be rebound together.
@@ -61,7 +62,7 @@ def per_expert_tensors(layer: torch.nn.Module, expert_count: int) -> dict[str, l
     return groups
 
 
-def _kernel_tensors(layer: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def _kernel_tensors(layer: RoutedExperts) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors that are reachable from the layer or its kernel and need not be parameters."""
     method = layer.quant_method
     fused_experts = method.moe_kernel.fused_experts
@@ -103,13 +104,13 @@ def _same_view(first: torch.Tensor, second: torch.Tensor) -> bool:
     )
 
 
-def _require_shared(layer: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
+def _require_shared(layer: RoutedExperts, name: str, tensor: torch.Tensor) -> None:
     """Input scales may differ between experts in principle; then they would have to move with them."""
     if name.endswith("input_scale") and not _is_shared(tensor) and bool((tensor != tensor.flatten()[0]).any()):
         raise _unknown(layer, name, tensor)
 
 
-def _unknown(layer: torch.nn.Module, name: str, tensor: torch.Tensor) -> UnsupportedModelError:
+def _unknown(layer: RoutedExperts, name: str, tensor: torch.Tensor) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"--moe-offload: tensor {name} {list(tensor.shape)} of {layer.layer_name} "
         f"({type(layer.quant_method).__name__}) is neither one row per expert nor shared by all, so its experts cannot "

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from vllm_moecxl.control.passes import Pass, expert_passes, needed_later, token_passes
-from vllm_moecxl.control.residency import Residency
+from vllm_moecxl.control.residency import Lease, Residency
 from vllm_moecxl.data.devices import DeviceBackend
 from vllm_moecxl.data.slabs import Cells, Home
 from vllm_moecxl.runtime.counters import Counters
@@ -82,7 +82,7 @@ class Dispatch:
             IntegrityError: an id that the layer does not have.
         """
         host_ids = self._backend.route_ids(topk_ids)
-        routes = host_ids.numpy().reshape(-1).view(np.uint32)
+        routes = host_ids.numpy().view(np.uint32)
         if not routes.size:
             return torch.empty_like(x)
         lease = self.residency.lease(routes)
@@ -92,12 +92,28 @@ class Dispatch:
         values[self._counters.hit] += lease.distinct_count
         values[self._counters.single_pass] += 1
         try:
-            return self._kernel(x, topk_weights, self._slot_tensor(lease.slot_ids, topk_ids.shape))
+            return self._kernel(x, topk_weights, self._slot_tensor(lease))
         finally:
             self.residency.release(lease)
 
-    def _slot_tensor(self, slot_ids: npt.NDArray[np.int32], shape: torch.Size) -> torch.Tensor:
-        return self._backend.to_device(torch.from_numpy(slot_ids).view(shape))
+    def rehearse(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
+        """Compute a forward that no request asked for (memory profile, warm-up): as right as any.
+
+        It goes by the layer buffer where there is one, and then touches neither slots nor counters.
+        """
+        if self.layer_buffer is None:
+            return self(x, topk_weights, topk_ids)
+        host_ids = self._backend.route_ids(topk_ids)
+        if not host_ids.numel():
+            return torch.empty_like(x)
+        routes = np.unique(host_ids.numpy().view(np.uint32))
+        self.residency.require_known(routes)
+        distinct = routes.tolist()
+        self.layer_buffer.fetch(self.home, distinct, distinct)
+        return self._run_buffer(self.layer_buffer, x, topk_weights, host_ids)
+
+    def _slot_tensor(self, lease: Lease) -> torch.Tensor:
+        return self._backend.to_device(torch.from_numpy(lease.slot_ids))
 
     def _slow(
         self, x: torch.Tensor, topk_weights: torch.Tensor, host_ids: torch.Tensor, routes: npt.NDArray[np.uint32]
@@ -108,6 +124,8 @@ class Dispatch:
         hit_count = int(np.count_nonzero(resident[distinct]))
         self._counters.values[self._counters.hit] += hit_count
         self._counters.values[self._counters.lookup[Lookup.MISS]] += distinct.size - hit_count
+        kind: PassKind
+        passes: Sequence[Pass]
         if distinct.size <= self.slots.cell_count:
             kind, passes = PassKind.SINGLE, [Pass(distinct, None)]
         else:
@@ -180,6 +198,12 @@ class Dispatch:
         buffer.take(self.slots, [self.residency.resident_slot(expert_id) for expert_id in cached], cached)
         self._fetch(buffer, absent, absent)
         self._counters.values[self._counters.passes[PassKind.LAYER_BUFFER]] += 1
+        return self._run_buffer(buffer, x, topk_weights, host_ids)
+
+    def _run_buffer(
+        self, buffer: Cells, x: torch.Tensor, topk_weights: torch.Tensor, host_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """One kernel call whose experts are in the rows of the layer buffer that bear their ids."""
         self._bind(buffer)
         try:
             return self._kernel(x, topk_weights, self._backend.to_device(host_ids))
@@ -188,10 +212,10 @@ class Dispatch:
 
     def _run_resident(self, x: torch.Tensor, topk_weights: torch.Tensor, host_ids: torch.Tensor) -> torch.Tensor:
         """One kernel call whose experts are all in slots."""
-        lease = self.residency.lease(host_ids.numpy().reshape(-1).view(np.uint32))
+        lease = self.residency.lease(host_ids.numpy().view(np.uint32))
         assert lease is not None, "a pass runs only once its experts are resident"
         try:
-            return self._kernel(x, topk_weights, self._slot_tensor(lease.slot_ids, host_ids.shape))
+            return self._kernel(x, topk_weights, self._slot_tensor(lease))
         finally:
             self.residency.release(lease)
 

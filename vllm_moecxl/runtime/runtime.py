@@ -90,7 +90,7 @@ class OffloadRuntime:
         self._device = device
         self._log = logger
         self._needs: dict[str, LayerNeed] = {}
-        self._layer_buffers: dict[SlabLayout, Cells] = {}
+        self._layer_buffers: dict[tuple[SlabLayout, int], Cells] = {}
         #: By kernel class, the pass kind that the self-check has confirmed.
         self._confirmed: dict[str, PassKind] = {}
 
@@ -154,7 +154,16 @@ class OffloadRuntime:
             policy = POLICIES[self.config.eviction](slot_count)
             residency = Residency(expert_count, slot_count, policy)
             return Dispatch(
-                layer.name, residency, home, slots, layer_buffer, self._backend, counters, layer.kernel, layer.bind, pass_kind
+                layer.name,
+                residency,
+                home,
+                slots,
+                layer_buffer,
+                self._backend,
+                counters,
+                layer.kernel,
+                layer.bind,
+                pass_kind,
             )
 
         if check is not None:
@@ -164,13 +173,14 @@ class OffloadRuntime:
         return self.dispatches[layer.name]
 
     def _layer_buffer(self, layout: SlabLayout, expert_count: int) -> Cells | None:
-        """The buffer that all layers of this layout share, if the account has one."""
+        """The buffer that all layers of this layout and size share, if the account has one."""
         assert self.account is not None
         if not self.account.layer_buffer_bytes:
             return None
-        if layout not in self._layer_buffers:
-            self._layer_buffers[layout] = Cells(layout, expert_count, self._backend)
-        return self._layer_buffers[layout]
+        key = (layout, expert_count)
+        if key not in self._layer_buffers:
+            self._layer_buffers[key] = Cells(layout, expert_count, self._backend)
+        return self._layer_buffers[key]
 
     def _wanted_pass_kind(self, layer: LoadedLayer, layer_buffer: Cells | None, is_cut: bool) -> PassKind:
         if not is_cut:
@@ -202,7 +212,10 @@ class OffloadRuntime:
         tried = None if pass_kind is not PassKind.LAYER_BUFFER else layer_buffer
         different = check.run(lambda: dispatch(pass_kind, tried, Counters([self.bank.name])))
         if different:
-            sentence = f"self-check of {layer.name}: {pass_kind.value} passes change {different} outputs of {layer.kernel_name} here"
+            sentence = (
+                f"self-check of {layer.name}: {pass_kind.value} passes change {different} outputs of "
+                f"{layer.kernel_name} here"
+            )
             if pass_kind is PassKind.LAYER_BUFFER or layer_buffer is None:
                 raise IntegrityError(
                     f"{sentence}: set --moe-offload-config.layer_buffer true, or accept it with passes fast"
@@ -213,7 +226,9 @@ class OffloadRuntime:
             if different:
                 raise IntegrityError(f"{sentence}, and so does the layer buffer: this kernel cannot be offloaded")
         self._confirmed[layer.kernel_name] = pass_kind
-        self._log.info("MoE offload: %s runs wide forwards by %s, bit-equal in the self-check", layer.kernel_name, pass_kind.value)
+        self._log.info(
+            "MoE offload: %s runs wide forwards by %s, bit-equal in the self-check", layer.kernel_name, pass_kind.value
+        )
         return pass_kind
 
     def _report_progress(self) -> None:

@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks NAME [--json]`; results, each with its label, go to `benchmarks/results/`."""

@@ -1,0 +1,136 @@
+"""What our Python adds to one layer at a full hit, beside the kernel: microseconds a call."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+import torch
+
+from benchmarks.common import Result, quantile
+from vllm_moecxl.control.eviction import POLICIES
+from vllm_moecxl.control.residency import Residency
+from vllm_moecxl.data.banks import DramBank
+from vllm_moecxl.data.devices import CpuBackend
+from vllm_moecxl.data.slabs import Cells, Home, SlabLayout
+from vllm_moecxl.runtime.counters import Counters
+from vllm_moecxl.runtime.dispatch import Dispatch
+from vllm_moecxl.types import PassKind
+
+_SEED = 11
+_HIDDEN_SIZE = 64
+#: Different routings that the calls go through in turn.
+_ROUTING_COUNT = 97
+_WARMUP_COUNT = 2_000
+
+Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer and a batch."""
+
+    expert_count: int
+    topk: int
+    token_count: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.expert_count} experts top-{self.topk}, {self.token_count} tokens"
+
+
+CASES = tuple(Case(experts, topk, tokens) for experts, topk in ((8, 2), (256, 8)) for tokens in (1, 8, 64))
+
+
+def _kernel(x: torch.Tensor, topk_weights: torch.Tensor, slot_ids: torch.Tensor) -> torch.Tensor:
+    """A kernel that does nothing."""
+    del topk_weights, slot_ids
+    return x
+
+
+def full_hit_dispatch(case: Case, forward: Forward = _kernel) -> Dispatch:
+    """A dispatch over tiny slabs whose experts are all resident."""
+    homes = Home.store(DramBank(), {"weight": torch.zeros(case.expert_count, 8)})
+    layout = SlabLayout.of({"weight": homes.tensors[0]})
+    backend = CpuBackend()
+    dispatch = Dispatch(
+        "layer",
+        Residency(case.expert_count, case.expert_count, POLICIES["lru"](case.expert_count)),
+        homes,
+        Cells(layout, case.expert_count, backend),
+        None,
+        backend,
+        Counters(["dram"]),
+        forward,
+        lambda _: None,
+        PassKind.TOKEN,
+    )
+    everything = torch.arange(case.expert_count, dtype=torch.int32).view(-1, 1)
+    dispatch(torch.zeros(case.expert_count, _HIDDEN_SIZE), torch.ones(case.expert_count, 1), everything)
+    assert bool(dispatch.residency.resident_mask().all())
+    return dispatch
+
+
+def _routings(case: Case) -> list[torch.Tensor]:
+    """Different [tokens, k] int32 expert ids."""
+    rng = np.random.default_rng(_SEED)
+    shape = (case.token_count, case.expert_count)
+    return [
+        torch.from_numpy(np.ascontiguousarray(rng.random(shape).argsort(axis=1)[:, : case.topk].astype(np.int32)))
+        for _ in range(_ROUTING_COUNT)
+    ]
+
+
+def _times_us(forward: Forward, case: Case, call_count: int) -> list[float]:
+    """Duration of each call."""
+    x = torch.zeros(case.token_count, _HIDDEN_SIZE)
+    topk_weights = torch.full((case.token_count, case.topk), 1 / case.topk)
+    routings = _routings(case)
+    for index in range(_WARMUP_COUNT):
+        forward(x, topk_weights, routings[index % _ROUTING_COUNT])
+    clock = time.perf_counter_ns
+    times = [0] * call_count
+    gc.collect()
+    gc.disable()
+    try:
+        for index in range(call_count):
+            topk_ids = routings[index % _ROUTING_COUNT]
+            started_ns = clock()
+            forward(x, topk_weights, topk_ids)
+            times[index] = clock() - started_ns
+    finally:
+        gc.enable()
+    return [time_ns / 1e3 for time_ns in times]
+
+
+def measure(case: Case, call_count: int) -> Result:
+    """Microseconds that dispatch adds to the call of the kernel, over `call_count` calls."""
+    call_us = median(_times_us(_kernel, case, call_count))
+    added_us = [time_us - call_us for time_us in _times_us(full_hit_dispatch(case), case, call_count)]
+    return {
+        "experts": case.expert_count,
+        "topk": case.topk,
+        "tokens": case.token_count,
+        "us_median": round(median(added_us), 2),
+        "us_p99": round(quantile(added_us, 0.99), 2),
+    }
+
+
+def measure_all(call_count: int, round_count: int) -> list[Result]:
+    """Each case in `round_count` short rounds; the quietest counts, since neighbours on the machine only ever add.
+
+    The median of all rounds' medians stands beside it, as what a busy machine gives.
+    """
+    torch.set_num_threads(1)
+    rounds = [[measure(case, call_count) for case in CASES] for _ in range(round_count)]
+    return [
+        {
+            **min(results, key=lambda result: result["us_median"]),
+            "us_median_of_rounds": round(median(result["us_median"] for result in results), 2),
+        }
+        for results in zip(*rounds, strict=True)
+    ]

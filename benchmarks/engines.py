@@ -1,0 +1,67 @@
+"""Engines for measurements: vLLM in a child process of our own, on the CPU, without what adds noise."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import Result
+
+#: One process and one compute thread: a second thread would wait for whoever else uses its core.
+ENGINE_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+KV_CACHE_BYTES = 64 << 20
+
+_CALL = """
+import importlib, json, sys
+module, function, arguments, path = sys.argv[1:]
+result = getattr(importlib.import_module(module), function)(**json.loads(arguments))
+open(path, "w").write(json.dumps(result))
+"""
+
+
+def call_in_child(module: str, function: str, **arguments: Any) -> Result:
+    """Call a function in a fresh process with `ENGINE_ENVIRONMENT`; its output goes to our standard error.
+
+    Args:
+        arguments: its keywords, of JSON types.
+
+    Raises:
+        CalledProcessError: the child failed.
+    """
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        subprocess.run(
+            [sys.executable, "-c", _CALL, module, function, json.dumps(arguments), file.name],
+            env=os.environ | ENGINE_ENVIRONMENT,
+            cwd=Path(__file__).parent.parent,
+            stdout=sys.stderr,
+            check=True,
+        )
+        result: Result = json.loads(Path(file.name).read_text())
+    return result
+
+
+def make_engine(model: Path, *, slots: str | None, max_model_len: int = 1024, **options: Any) -> Any:
+    """A `vllm.LLM`: plain vLLM, or offloading with `slots`. Only in a child of `call_in_child`."""
+    from vllm import LLM
+
+    if slots is not None:
+        options["additional_config"] = {"moe_offload": {"mode": "cxl", "slots": slots}}
+    return LLM(
+        str(model),
+        enforce_eager=True,
+        kv_cache_memory_bytes=KV_CACHE_BYTES,
+        max_model_len=max_model_len,
+        enable_prefix_caching=False,
+        **options,
+    )

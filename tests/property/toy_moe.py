@@ -1,0 +1,112 @@
+"""A Mixture-of-Experts layer small enough to compute directly, and the slots that serve it."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_moecxl.control.eviction import LeastRecentlyUsed
+from vllm_moecxl.control.residency import Residency
+from vllm_moecxl.data.banks import DramBank
+from vllm_moecxl.data.devices import CpuBackend
+from vllm_moecxl.data.slabs import Cells, Home, SlabLayout
+from vllm_moecxl.runtime.counters import Counters
+from vllm_moecxl.runtime.dispatch import Dispatch
+from vllm_moecxl.types import PassKind
+
+HIDDEN_SIZE = 3
+
+
+class KernelFailure(RuntimeError):
+    """What the toy kernel raises when it is told to fail."""
+
+
+class ToyMoe:
+    """`expert_count` experts of two tensors each, and a kernel that reads whatever is bound.
+
+    The kernel computes with element-wise operations in a fixed order, so the bits of a token's result depend on
+    nothing but its own experts.
+    """
+
+    def __init__(self, expert_count: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.tensors = {
+            "weight": torch.randn(expert_count, HIDDEN_SIZE, HIDDEN_SIZE, generator=generator),
+            "scale": torch.randint(1, 200, (expert_count, HIDDEN_SIZE), dtype=torch.uint8, generator=generator),
+        }
+        self.bound: tuple[torch.Tensor, ...] = tuple(self.tensors.values())
+        self.calls_until_failure: int | None = None
+
+    def bind(self, cells: Cells) -> None:
+        self.bound = cells.tensors
+
+    def kernel(self, x: torch.Tensor, topk_weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        assert ids.dtype is torch.int32 and ids.shape == topk_weights.shape and x.shape[0] == ids.shape[0]
+        if self.calls_until_failure is not None:
+            self.calls_until_failure -= 1
+            if self.calls_until_failure < 0:
+                raise KernelFailure
+        return self.compute(self.bound, x, topk_weights, ids)
+
+    def direct(self, x: torch.Tensor, topk_weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """The result of the layer with all experts in place."""
+        return self.compute(tuple(self.tensors.values()), x, topk_weights, ids)
+
+    @staticmethod
+    def compute(
+        tensors: tuple[torch.Tensor, ...], x: torch.Tensor, topk_weights: torch.Tensor, ids: torch.Tensor
+    ) -> torch.Tensor:
+        weight, scale = (tensor[ids.long()] for tensor in tensors)  # [tokens, k, hidden, hidden], [tokens, k, hidden]
+        rows = torch.zeros(*ids.shape, HIDDEN_SIZE)
+        for i in range(HIDDEN_SIZE):
+            rows += weight[..., i] * x[:, None, i, None]
+        rows *= scale
+        total = torch.zeros_like(x)
+        for route in range(ids.shape[1]):
+            total += rows[:, route] * topk_weights[:, route, None]
+        return total
+
+
+class Served:
+    """A toy layer behind a `Dispatch`."""
+
+    def __init__(self, toy: ToyMoe, slot_count: int, pass_kind: PassKind, *, has_layer_buffer: bool) -> None:
+        backend, bank = CpuBackend(), DramBank()
+        expert_count = len(toy.tensors["weight"])
+        layout = SlabLayout.of(toy.tensors)
+        self.toy = toy
+        self.slab_bytes = layout.slab_bytes
+        self.home = Home.store(bank, dict(toy.tensors))
+        self.slots = Cells(layout, slot_count, backend)
+        self.residency = Residency(expert_count, slot_count, LeastRecentlyUsed(slot_count))
+        self.counters = Counters([bank.name])
+        self.dispatch = Dispatch(
+            "toy",
+            self.residency,
+            self.home,
+            self.slots,
+            Cells(layout, expert_count, backend) if has_layer_buffer else None,
+            backend,
+            self.counters,
+            toy.kernel,
+            toy.bind,
+            pass_kind,
+        )
+
+    def spoil_layer_buffer(self) -> None:
+        """Leave in the layer buffer what another layer would: nothing of this one."""
+        if self.dispatch.layer_buffer is not None:
+            for tensor in self.dispatch.layer_buffer.tensors:
+                tensor.view(torch.uint8).fill_(0xFF)  # NaNs, as floats
+
+    def check(self) -> None:
+        """Assert what holds between forwards: nothing is held or under way, and each slot has its expert's bytes."""
+        self.residency.check()
+        assert self.toy.bound is self.slots.tensors
+        for slot_id in range(self.residency.slot_count):
+            assert not self.residency.is_held(slot_id)
+        for expert_id in self.residency.resident_mask().nonzero()[0].tolist():
+            slot_id = self.residency.resident_slot(expert_id)
+            for cell, original in zip(self.slots.tensors, self.toy.tensors.values(), strict=True):
+                assert torch.equal(cell[slot_id], original[expert_id])
+        counted = {state: self.counters.values[row] for state, row in self.counters.slots.items()}
+        assert counted == self.residency.state_counts()

@@ -1,0 +1,143 @@
+"""The byte account: what is planned, what is refused, and that the remedy in a refusal helps."""
+
+import re
+from typing import Any
+
+import pytest
+
+from vllm_moecxl.config import OffloadConfig
+from vllm_moecxl.control.account import Account, LayerNeed, Machine, plan
+from vllm_moecxl.errors import CapacityError, ConfigError
+from vllm_moecxl.units import GIB, MIB
+
+#: Two layers of 8 experts, top-2, 10 MiB each: 80 MiB a layer.
+LAYERS = [LayerNeed(f"layers.{i}", expert_count=8, topk=2, slab_bytes=10 * MIB) for i in range(2)]
+#: The second layer needs a larger share of its experts for one token.
+UNEVEN = [LayerNeed("a", 16, 2, 10 * MIB), LayerNeed("b", 4, 2, 10 * MIB)]
+
+
+def config(**options: Any) -> OffloadConfig:
+    return OffloadConfig.parse({"mode": "cxl", **options})
+
+
+def machine(device_mib: int, host_mib: int = 10_000, *, shared: bool = False, kv: int | None = None) -> Machine:
+    return Machine(host_mib * MIB, device_mib * MIB, shared, kv)
+
+
+def test_the_account_adds_up() -> None:
+    account = plan(config(slots="50%"), LAYERS, machine(1000, kv=GIB))
+    assert account == Account(
+        slot_counts=(4, 4),
+        home_bytes=160 * MIB,
+        slot_bytes=80 * MIB,
+        layer_buffer_bytes=80 * MIB,
+        largest_layer_bytes=80 * MIB,
+        kv_cache_bytes=GIB,
+    )
+
+
+@pytest.mark.parametrize(("kv", "told"), [(GIB, "1.00 GiB"), (None, "what vLLM finds free")])
+def test_the_account_in_words_names_every_quantity(kv: int | None, told: str) -> None:
+    text = "\n".join(plan(config(slots="25%"), LAYERS, machine(1000, kv=kv)).lines(LAYERS, "dram"))
+    assert re.search(r"^experts +16 in 2 layers, 160.00 MiB$", text, re.M)
+    assert re.search(r"^homes +bank dram: 160.00 MiB$", text, re.M)
+    assert re.search(r"^slots +4 \(25% of the experts\), 40.00 MiB on the device$", text, re.M)
+    assert re.search(r"^layer buffer +80.00 MiB on the device$", text, re.M)
+    assert re.search(r"^loading +one layer at a time, 80.00 MiB on the device$", text, re.M)
+    assert re.search(rf"^KV cache +{re.escape(told)}$", text, re.M)
+
+
+@pytest.mark.parametrize(
+    ("slots", "expected"), [(2, (2, 2)), ("100%", (8, 8)), ("90MiB", (4, 4)), ("40MiB", (2, 2)), ("10GiB", (8, 8))]
+)
+def test_slots_are_resolved_for_each_layer(slots: object, expected: tuple[int, ...]) -> None:
+    assert plan(config(slots=slots), LAYERS, machine(1000)).slot_counts == expected
+
+
+def test_a_share_follows_each_layers_own_expert_count() -> None:
+    assert plan(config(slots="50%"), UNEVEN, machine(1000)).slot_counts == (8, 2)
+
+
+@pytest.mark.parametrize(("device_mib", "expected"), [(180, (5, 5)), (1000, (8, 8)), (120, (2, 2))])
+def test_auto_on_a_device_of_its_own_fills_what_the_layer_buffer_leaves(device_mib: int, expected: object) -> None:
+    account = plan(config(), LAYERS, machine(device_mib))
+    assert account.slot_counts == expected
+    assert account.slot_bytes + account.layer_buffer_bytes <= device_mib * MIB
+
+
+@pytest.mark.parametrize(("device_mib", "expected"), [(10_000, (4, 4)), (300, (3, 3)), (280, (2, 2))])
+def test_auto_on_the_host_spends_at_most_half_of_the_homes_again(device_mib: int, expected: object) -> None:
+    assert plan(config(), LAYERS, machine(device_mib, shared=True)).slot_counts == expected
+
+
+def test_auto_never_plans_fewer_slots_than_one_token_needs() -> None:
+    assert plan(config(), LAYERS, machine(40)).slot_counts == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("wish", "device_mib", "expected_mib"),
+    [("auto", 120, 80), ("auto", 119, 0), (True, 120, 80), (False, 1000, 0)],
+)
+def test_the_layer_buffer_is_there_where_it_is_asked_for_or_fits(
+    wish: object, device_mib: int, expected_mib: int
+) -> None:
+    account = plan(config(slots="25%", layer_buffer=wish), LAYERS, machine(device_mib))
+    assert account.layer_buffer_bytes == expected_mib * MIB
+
+
+def test_no_layer_buffer_where_every_expert_has_a_slot() -> None:
+    assert plan(config(slots="100%", layer_buffer=True), LAYERS, machine(160)).layer_buffer_bytes == 0
+
+
+def test_a_bank_that_is_too_small_is_refused_and_the_size_it_names_helps() -> None:
+    with pytest.raises(
+        CapacityError, match=r"banks gives 159.00 MiB to bank dram but the experts take 160.00 MiB"
+    ) as no:
+        plan(config(banks=["dram=159MiB"]), LAYERS, machine(1000))
+    size = str(no.value).rpartition(" ")[2]
+    assert plan(config(banks=[f"dram={size}"]), LAYERS, machine(1000)).home_bytes == 160 * MIB
+
+
+def test_homes_that_do_not_fit_the_host_are_refused() -> None:
+    with pytest.raises(CapacityError, match=r"homes take 160.00 MiB of host memory and only 159.00 MiB are free: free"):
+        plan(config(), LAYERS, machine(1000, host_mib=159))
+
+
+def test_homes_and_slots_share_the_memory_of_the_host() -> None:
+    assert plan(config(slots="25%"), LAYERS, machine(200, shared=True)).slot_bytes == 40 * MIB
+    with pytest.raises(CapacityError, match=r"39.00 MiB are left for them"):
+        plan(config(slots="25%"), LAYERS, machine(199, shared=True))
+
+
+@pytest.mark.parametrize("layers", [LAYERS, UNEVEN], ids=["even", "uneven"])
+def test_bytes_too_few_for_one_token_are_refused_and_the_least_they_name_is_accepted(layers: list[LayerNeed]) -> None:
+    with pytest.raises(
+        ConfigError, match=r"slots='15MiB' is not possible: every layer needs slots for the top-k"
+    ) as no:
+        plan(config(slots="15MiB"), layers, machine(1000))
+    least = str(no.value).rpartition(" ")[2]
+    account = plan(config(slots=least), layers, machine(1000))
+    assert all(count >= layer.topk for count, layer in zip(account.slot_counts, layers, strict=True))
+
+
+@pytest.mark.parametrize("layer_buffer", [True, False])
+@pytest.mark.parametrize("room_mib", [130, 137, 145, 155])
+def test_slots_that_do_not_fit_are_refused_and_what_the_sentence_names_fits(
+    room_mib: int, *, layer_buffer: bool
+) -> None:
+    wish = {"layer_buffer": layer_buffer}
+    slots = "75%" if layer_buffer else "100%"
+    with pytest.raises(
+        CapacityError, match=rf"slots='{slots}' takes .*{room_mib}.00 MiB are left for them: use "
+    ) as no:
+        plan(config(slots=slots, **wish), LAYERS, machine(room_mib))
+    advice = re.search(r'use slots="([^"]+)" or less$', str(no.value))
+    assert advice
+    account = plan(config(slots=advice[1], **wish), LAYERS, machine(room_mib))
+    assert min(account.slot_counts) >= 2
+
+
+@pytest.mark.parametrize("room_mib", [0, 39, 100])
+def test_a_device_without_room_for_one_token_is_refused(room_mib: int) -> None:
+    with pytest.raises(CapacityError, match=r"not even the top-k of one token fits, lower the KV cache or turn off"):
+        plan(config(layer_buffer=True), LAYERS, machine(room_mib))

@@ -1,0 +1,140 @@
+"""`--moe-offload-config`: every key, what it takes and what it refuses."""
+
+from typing import Any
+
+import pytest
+
+from vllm_moecxl.config import EVICTIONS, BankSpec, OffloadConfig, SlotSpec
+from vllm_moecxl.control.eviction import POLICIES
+from vllm_moecxl.errors import ConfigError
+from vllm_moecxl.units import GIB, MIB
+
+
+def parse(**options: Any) -> OffloadConfig:
+    return OffloadConfig.parse({"mode": "cxl", **options})
+
+
+def test_without_options_offloading_is_off() -> None:
+    assert OffloadConfig.parse({}) == OffloadConfig()
+    assert OffloadConfig.parse({}).mode == "off"
+
+
+def test_mode_alone_gives_the_defaults() -> None:
+    assert parse() == OffloadConfig(mode="cxl")
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ("auto", SlotSpec()),
+        (" auto ", SlotSpec()),
+        ("25%", SlotSpec(share=0.25)),
+        ("12.5 %", SlotSpec(share=0.125)),
+        ("100%", SlotSpec(share=1.0)),
+        (16, SlotSpec(count=16)),
+        ("16", SlotSpec(count=16)),
+        ("24GiB", SlotSpec(total_bytes=24 * GIB)),
+        ("1.5 MiB", SlotSpec(total_bytes=3 * MIB // 2)),
+    ],
+)
+def test_slots_take_auto_a_share_a_count_or_bytes(raw: object, expected: SlotSpec) -> None:
+    config = parse(slots=raw)
+    assert config.slots == expected
+    assert config.slots.is_auto == (expected == SlotSpec())
+    assert config.slots_text == raw
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("slots", raw) for raw in (0, -1, True, False, 2.0, None, [], {}, "", "0", "-3", "%", "x%", "0%", "-5%")),
+        *(("slots", raw) for raw in ("100.1%", "nan%", "inf%", "0GiB", "1 XB", "GiB", "1.5", "all")),
+        *(("banks", raw) for raw in ("dram", [], (), {}, None, 1, True, [1], [None], [["dram"]], ["numa:1"], [""])),
+        *(("banks", raw) for raw in (["dram="], ["dram=0GiB"], ["dram=64"], ["dram=x"], ["dram", "dram=1GiB"])),
+        *(("eviction", raw) for raw in ("fifo", "LRU", "", None, True, ["lru"])),
+        *(("passes", raw) for raw in ("slow", "Exact", None, True, 1)),
+        *(("layer_buffer", raw) for raw in (0, 1, "true", "yes", None, 1.0)),
+        *(("mode", raw) for raw in ("on", "CXL", True, False, None, 1)),
+    ],
+)
+def test_a_bad_value_is_refused_with_the_option_the_value_and_a_remedy(option: str, value: object) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        parse(**{option: value})
+    sentence = str(refusal.value)
+    assert sentence.startswith(f"--moe-offload-config: {option}=")
+    told = value[0] if option == "banks" and isinstance(value, list | tuple) and len(value) == 1 else value
+    assert repr(told) in sentence
+    assert sentence.partition("is not possible: ")[2], "no remedy"
+
+
+def test_a_bank_takes_an_optional_capacity() -> None:
+    assert parse(banks="auto").banks == (BankSpec("dram"),)
+    assert parse(banks=["dram"]).banks == (BankSpec("dram"),)
+    assert parse(banks=("dram=64GiB",)).banks == (BankSpec("dram", 64 * GIB),)
+
+
+def test_every_eviction_policy_that_exists_can_be_chosen() -> None:
+    assert tuple(POLICIES) == EVICTIONS
+    assert [parse(eviction=name).eviction for name in POLICIES] == list(POLICIES)
+
+
+@pytest.mark.parametrize("value", ["exact", "fast"])
+def test_passes_takes_its_values(value: str) -> None:
+    assert parse(passes=value).passes == value
+
+
+@pytest.mark.parametrize("value", ["auto", True, False])
+def test_layer_buffer_takes_its_values(value: object) -> None:
+    assert parse(layer_buffer=value).layer_buffer is value
+
+
+@pytest.mark.parametrize("mode", ["cxl", "off"])
+def test_unknown_options_are_named_together_with_the_known_ones(mode: str) -> None:
+    with pytest.raises(ConfigError, match=r"unknown option\(s\) slot, zeta; .*knows banks, .*mode, .*slots$"):
+        OffloadConfig.parse({"mode": mode, "zeta": 1, "slot": 8})
+
+
+def test_the_raw_text_of_slots_is_not_an_option() -> None:
+    with pytest.raises(ConfigError, match="unknown option"):
+        parse(slots_text="25%")
+
+
+@pytest.mark.parametrize("mode", [{}, {"mode": "off"}])
+def test_options_without_offloading_are_refused(mode: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="sets passes, slots but --moe-offload is off: add --moe-offload cxl"):
+        OffloadConfig.parse({**mode, "slots": "25%", "passes": "fast"})
+
+
+@pytest.mark.parametrize(
+    ("raw", "expert_count", "topk", "expected"),
+    [
+        (4, 8, 2, 4),
+        (2, 8, 2, 2),
+        (8, 8, 2, 8),
+        ("25%", 8, 2, 2),
+        ("26%", 8, 2, 3),
+        ("7%", 100, 7, 7),
+        ("100%", 7, 2, 7),
+        ("0.1%", 8, 1, 1),
+        ("33%", 3, 1, 1),
+    ],
+)
+def test_a_share_is_rounded_up_to_whole_slots(raw: object, expert_count: int, topk: int, expected: int) -> None:
+    assert SlotSpec.parse(raw).count_for(expert_count, topk, raw) == expected
+
+
+@pytest.mark.parametrize("expert_count", [3, 8, 60, 128, 257])
+@pytest.mark.parametrize("topk", [2, 3])
+@pytest.mark.parametrize("as_share", [True, False])
+def test_the_least_that_a_refusal_names_is_accepted(expert_count: int, topk: int, *, as_share: bool) -> None:
+    too_little = "0.01%" if as_share else topk - 1
+    spec = SlotSpec(share=0.0001) if as_share else SlotSpec(count=topk - 1)
+    with pytest.raises(ConfigError, match=rf"needs {topk} experts of {expert_count} at once") as refusal:
+        spec.count_for(expert_count, topk, too_little)
+    least = str(refusal.value).rpartition(" ")[2]
+    assert SlotSpec.parse(least).count_for(expert_count, topk, least) >= topk
+
+
+def test_more_slots_than_experts_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r'slots=9 .*only 8 experts, use at most 8 or "100%"'):
+        SlotSpec(count=9).count_for(8, 2, 9)

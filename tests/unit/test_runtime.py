@@ -1,0 +1,173 @@
+"""The runtime of one worker, with a toy layer: what it plans, checks at start and refuses."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tests.property.toy_moe import HIDDEN_SIZE, ToyMoe
+from vllm_moecxl.config import OffloadConfig
+from vllm_moecxl.control.account import LayerNeed
+from vllm_moecxl.data.devices import CpuBackend
+from vllm_moecxl.errors import CapacityError, ConfigError, IntegrityError
+from vllm_moecxl.runtime.counters import Metric, by_label
+from vllm_moecxl.runtime.dispatch import Kernel
+from vllm_moecxl.runtime.runtime import LoadedLayer, OffloadRuntime
+from vllm_moecxl.types import PassKind
+
+EXPERT_COUNT, TOPK = 8, 2
+SLAB_BYTES = HIDDEN_SIZE * HIDDEN_SIZE * 4 + HIDDEN_SIZE
+
+
+class SmallBackend(CpuBackend):
+    """A host with as much device memory as the test says."""
+
+    def __init__(self, free_bytes: int) -> None:
+        self._free_bytes = free_bytes
+
+    def free_bytes(self) -> int:
+        return self._free_bytes
+
+
+def start(*expert_counts: int, free_bytes: int = 1 << 40, **options: Any) -> OffloadRuntime:
+    """A runtime with a declared layer for each count, and its plan."""
+    config = OffloadConfig.parse({"mode": "cxl", "slots": "50%", **options})
+    runtime = OffloadRuntime(config, SmallBackend(free_bytes), torch.device("cpu"), logging.getLogger("moecxl-test"))
+    for index, expert_count in enumerate(expert_counts):
+        runtime.declare(LayerNeed(f"layers.{index}", expert_count, TOPK, SLAB_BYTES))
+    runtime.plan(kv_cache_bytes=None, device_reserve_bytes=0)
+    return runtime
+
+
+def loaded(toy: ToyMoe, index: int = 0, kernel: Kernel | None = None, kind: PassKind = PassKind.TOKEN) -> LoadedLayer:
+    return LoadedLayer(
+        name=f"layers.{index}",
+        topk=TOPK,
+        tensors=dict(toy.tensors),
+        kernel=kernel or toy.kernel,
+        bind=toy.bind,
+        kernel_name="ToyKernel" if kernel is None else "OddKernel",
+        pass_kind=kind,
+        hidden_size=HIDDEN_SIZE,
+        dtype=torch.float32,
+    )
+
+
+def wide_batch(expert_count: int = EXPERT_COUNT) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A forward that needs every expert."""
+    ids = torch.arange(expert_count, dtype=torch.int32).view(-1, TOPK)
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(len(ids), HIDDEN_SIZE, generator=generator), torch.rand(ids.shape, generator=generator), ids
+
+
+def width_dependent(toy: ToyMoe) -> Kernel:
+    """A kernel whose result depends on how many tokens it is given, as a blocked one's may."""
+    return lambda x, weights, ids: toy.kernel(x, weights, ids) + len(x)
+
+
+def never_the_same(toy: ToyMoe) -> Kernel:
+    """A kernel that gives other bits each time."""
+    calls = iter(range(1000))
+    return lambda x, weights, ids: toy.kernel(x, weights, ids) + next(calls)
+
+
+def passes_taken(runtime: OffloadRuntime) -> dict[str, float]:
+    return {kind: n for kind, n in by_label(runtime.counters.rows(), Metric.PASSES, "kind").items() if n}
+
+
+def test_a_kernel_that_keeps_its_bits_is_confirmed_once_and_serves_in_token_passes(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    runtime = start(EXPERT_COUNT, EXPERT_COUNT)
+    toys = [ToyMoe(EXPERT_COUNT, seed) for seed in (1, 2)]
+    for index, toy in enumerate(toys):
+        dispatch = runtime.install(loaded(toy, index))
+        assert torch.equal(dispatch(*wide_batch()), toy.direct(*wide_batch()))
+    assert passes_taken(runtime) == {"token": 4.0}, "the self-check counts nowhere"
+    assert caplog.text.count("ToyKernel runs wide forwards by token, bit-equal in the self-check") == 1
+    assert "byte account of this rank" in caplog.text and "experts of 2/2 layers are home" in caplog.text
+
+
+def test_a_kernel_that_depends_on_the_batch_goes_through_the_layer_buffer(caplog: pytest.LogCaptureFixture) -> None:
+    runtime = start(EXPERT_COUNT)
+    toy = ToyMoe(EXPERT_COUNT, 1)
+    dispatch = runtime.install(loaded(toy, kernel=width_dependent(toy)))
+    assert torch.equal(dispatch(*wide_batch()), toy.direct(*wide_batch()) + len(wide_batch()[0]))
+    assert passes_taken(runtime) == {"layer_buffer": 1.0}
+    assert "every wide forward goes through the layer buffer instead" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("kernel_of", "options", "sentence"),
+    [
+        (width_dependent, {"layer_buffer": False}, "set --moe-offload-config.layer_buffer true"),
+        (never_the_same, {}, "and so does the layer buffer: this kernel cannot be offloaded"),
+    ],
+)
+def test_a_kernel_that_cannot_keep_its_bits_does_not_start(
+    kernel_of: Callable[[ToyMoe], Kernel], options: dict[str, Any], sentence: str
+) -> None:
+    toy = ToyMoe(EXPERT_COUNT, 1)
+    with pytest.raises(
+        IntegrityError, match=f"self-check of layers.0: token passes change .* OddKernel here.*{sentence}"
+    ):
+        start(EXPERT_COUNT, **options).install(loaded(toy, kernel=kernel_of(toy)))
+
+
+@pytest.mark.parametrize("options", [{"passes": "fast"}, {"slots": "100%"}])
+def test_nothing_is_checked_where_bits_may_change_or_nothing_is_cut(options: dict[str, Any]) -> None:
+    toy = ToyMoe(EXPERT_COUNT, 1)
+    runtime = start(EXPERT_COUNT, **options)
+    dispatch = runtime.install(loaded(toy, kernel=never_the_same(toy)))
+    dispatch(*wide_batch())
+    assert passes_taken(runtime) == ({"expert": 2.0} if "passes" in options else {"single": 1.0})
+
+
+def test_a_kernel_that_needs_the_layer_buffer_is_refused_without_one() -> None:
+    layer = loaded(ToyMoe(EXPERT_COUNT, 1), kind=PassKind.LAYER_BUFFER)
+    with pytest.raises(ConfigError, match=r"layer_buffer=False is not possible: ToyKernel keeps .* drop the option"):
+        start(EXPERT_COUNT, layer_buffer=False).install(layer)
+    room = (EXPERT_COUNT + EXPERT_COUNT // 2) * SLAB_BYTES  # homes and slots, and nothing else
+    layer = loaded(ToyMoe(EXPERT_COUNT, 1), kind=PassKind.LAYER_BUFFER)
+    with pytest.raises(CapacityError, match="the layer buffer does not fit on the device: ask for fewer slots"):
+        start(EXPERT_COUNT, free_bytes=room).install(layer)
+
+
+def test_layers_of_one_layout_share_a_buffer_that_has_a_row_for_every_expert_of_each() -> None:
+    counts = (4, EXPERT_COUNT, EXPERT_COUNT)
+    runtime = start(*counts)
+    dispatches = []
+    for index, expert_count in enumerate(counts):
+        toy = ToyMoe(expert_count, index)
+        dispatches.append(runtime.install(loaded(toy, index, kind=PassKind.LAYER_BUFFER)))
+        assert torch.equal(dispatches[-1](*wide_batch(expert_count)), toy.direct(*wide_batch(expert_count)))
+    assert dispatches[1].layer_buffer is dispatches[2].layer_buffer is not None
+
+
+def test_the_gauge_of_slots_covers_all_layers() -> None:
+    runtime = start(EXPERT_COUNT, EXPERT_COUNT)
+    toys = [ToyMoe(EXPERT_COUNT, seed) for seed in (1, 2)]
+    first, _ = (runtime.install(loaded(toy, index)) for index, toy in enumerate(toys))
+    assert by_label(runtime.counters.rows(), Metric.SLOTS, "state") == {"free": 8.0, "filling": 0.0, "resident": 0.0}
+    first(torch.ones(1, HIDDEN_SIZE), torch.ones(1, TOPK), torch.tensor([[0, 5]], dtype=torch.int32))
+    assert by_label(runtime.counters.rows(), Metric.SLOTS, "state") == {"free": 6.0, "filling": 0.0, "resident": 2.0}
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_loaded() -> None:
+    with pytest.raises(CapacityError, match=r"slots='50%' takes .* are left for them"):
+        start(EXPERT_COUNT, free_bytes=EXPERT_COUNT * SLAB_BYTES)
+    with pytest.raises(CapacityError, match="banks gives 100 B to bank dram"):
+        start(EXPERT_COUNT, banks=["dram=100B"])
+
+
+def test_the_homes_own_the_only_copy() -> None:
+    runtime = start(EXPERT_COUNT)
+    layer = loaded(ToyMoe(EXPERT_COUNT, 1))
+    runtime.install(layer)
+    assert not layer.tensors
+    assert runtime.bank.used_bytes == EXPERT_COUNT * SLAB_BYTES

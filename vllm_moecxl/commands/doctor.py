@@ -1,0 +1,141 @@
+"""What this machine has for serving experts from slots, and what is in the way.
+
+Exit code 1 if there is a problem, else 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vllm_moecxl.commands.findings import Finding
+from vllm_moecxl.commands.installed import judge_engine, judge_plugin, read_engine, read_plugin
+from vllm_moecxl.commands.machine import judge_devices, judge_memory, read_devices, read_memory
+from vllm_moecxl.commands.sysfs import DaxDevice, Topology, read_topology
+from vllm_moecxl.units import format_bytes
+
+_TITLES = {
+    "engine": "Engine",
+    "plugin": "Plugin",
+    "devices": "Compute devices",
+    "memory": "Host memory",
+    "numa": "NUMA nodes",
+    "cxl": "CXL memory",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `moecxl doctor`."""
+    parser.add_argument(
+        "--sysfs", type=Path, default=Path("/sys"), metavar="DIR", help="look here for nodes and CXL devices"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Examine this machine and print what was found."""
+    report = examine(args.sysfs)
+    findings: list[Finding] = report["findings"]
+    if args.json:
+        print(json.dumps({**report, "findings": [asdict(finding) for finding in findings]}))
+    else:
+        print("\n".join(in_words(findings)))
+    return int(any(finding.level == "problem" for finding in findings))
+
+
+def examine(sysfs: Path) -> dict[str, Any]:
+    """Everything about this machine: plain values for JSON, and the findings about them."""
+    engine, plugin, devices, memory = read_engine(), read_plugin(), read_devices(), read_memory()
+    topology = read_topology(sysfs)
+    return {
+        "findings": [
+            *judge_engine(engine),
+            *judge_plugin(plugin),
+            *judge_devices(devices, engine.kind),
+            *judge_memory(memory, engine.kind),
+            *judge_nodes(topology, engine.kind),
+            *judge_cxl(topology),
+        ],
+        "engine": asdict(engine),
+        "plugin": {**asdict(plugin), "is_active": plugin.is_active},
+        "devices": [asdict(device) for device in devices],
+        "memory": asdict(memory),
+        "numa_nodes": [asdict(node) for node in topology.nodes],
+        "cxl": {
+            "memories": [asdict(memory) for memory in topology.memories],
+            "regions": list(topology.regions),
+            "dax_devices": [asdict(device) for device in topology.dax_devices],
+        },
+    }
+
+
+def judge_nodes(topology: Topology, engine_kind: str | None) -> Iterator[Finding]:
+    """Findings about NUMA nodes."""
+    if not topology.nodes:
+        yield Finding("note", "numa", "sysfs shows no NUMA nodes: all memory is taken for one node")
+    for node in topology.nodes:
+        size = f"{format_bytes(node.total_bytes)}, {format_bytes(node.free_bytes)} free"
+        if node.cxl_regions:
+            yield Finding("ok", "numa", f"node {node.node_id}: {size}, CXL memory of {', '.join(node.cxl_regions)}")
+        elif node.is_cpuless:
+            yield Finding(
+                "note", "numa", f"node {node.node_id}: {size}, no CPUs, but no CXL region is known to be behind it"
+            )
+        else:
+            yield Finding("ok", "numa", f"node {node.node_id}: {size}, CPUs {node.cpulist or 'none'}")
+    with_cpus = ",".join(str(node.node_id) for node in topology.nodes if node.cpulist)
+    is_cpuless = any(node.is_cpuless for node in topology.nodes)
+    if engine_kind == "cpu" and is_cpuless and "CPU_VISIBLE_MEMORY_NODES" not in os.environ:
+        yield Finding(
+            "note",
+            "numa",
+            f"set CPU_VISIBLE_MEMORY_NODES={with_cpus}, or vLLM's CPU engine may place a rank on a node without CPUs",
+        )
+
+
+def judge_cxl(topology: Topology) -> Iterator[Finding]:
+    """Findings about CXL memory."""
+    if not topology.memories and not any(device.region for device in topology.dax_devices):
+        yield Finding("note", "cxl", "no CXL memory: homes are in DRAM")
+        return
+    for memory in topology.memories:
+        serial = f"serial {memory.serial}" if memory.serial else "no serial"
+        yield Finding("ok", "cxl", f"{memory.name}: {format_bytes(memory.ram_bytes)}, {serial}")
+    if not topology.regions:
+        yield Finding(
+            "note",
+            "cxl",
+            "no CXL region is set up, so this memory cannot be used yet: create one with cxl create-region",
+        )
+    for device in topology.dax_devices:
+        if device.region:
+            yield _judge_dax(device)
+    yield Finding("note", "cxl", "this version homes experts in DRAM only and leaves CXL memory unused")
+
+
+def _judge_dax(device: DaxDevice) -> Finding:
+    what = f"{device.name} of {device.region}: {format_bytes(device.size_bytes)}"
+    match device.driver:
+        case "kmem":
+            return Finding("ok", "cxl", f"{what}, system memory on node {device.target_node}")
+        case "device_dax":
+            return Finding("ok", "cxl", f"{what}, in devdax mode as /dev/{device.name}")
+        case _:
+            return Finding(
+                "note", "cxl", f"{what}, bound to no driver: bind it with daxctl reconfigure-device {device.name}"
+            )
+
+
+def in_words(findings: list[Finding]) -> Iterator[str]:
+    """The findings by section, and how many problems there are."""
+    for topic, title in _TITLES.items():
+        yield title
+        for finding in findings:
+            if finding.topic == topic:
+                yield f"  {finding.level:<8} {finding.text}"
+    count = sum(finding.level == "problem" for finding in findings)
+    yield f"{count} problem{'' if count == 1 else 's'} found"
