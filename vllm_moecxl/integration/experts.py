@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,20 +16,31 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from vllm_moecxl.errors import UnsupportedModelError
+from vllm_moecxl.integration.buffered import BufferedParameters
 from vllm_moecxl.integration.loading import load_to_homes
 from vllm_moecxl.runtime.dispatch import Dispatch
 from vllm_moecxl.runtime.runtime import OffloadRuntime
 
-#: The runtime that layers under construction belong to; None while an engine without offloading builds its model.
-_BUILDING: ContextVar[OffloadRuntime | None] = ContextVar("moe_offload_runtime", default=None)
+
+@dataclass
+class ModelUnderConstruction:
+    """What the MoE layers of one model have in common while it is built and loaded."""
+
+    runtime: OffloadRuntime
+    buffered: list[BufferedParameters] = field(default_factory=list)
+
+
+#: The model that layers under construction belong to; None while an engine without offloading builds its model.
+_BUILDING: ContextVar[ModelUnderConstruction | None] = ContextVar("moe_offload_model", default=None)
 
 
 @contextmanager
-def building(runtime: OffloadRuntime | None) -> Iterator[None]:
+def building(runtime: OffloadRuntime) -> Iterator[ModelUnderConstruction]:
     """Give every MoE layer that is constructed inside to `runtime`."""
-    token = _BUILDING.set(runtime)
+    model = ModelUnderConstruction(runtime)
+    token = _BUILDING.set(model)
     try:
-        yield
+        yield model
     finally:
         _BUILDING.reset(token)
 
@@ -40,8 +52,8 @@ class SlotExperts(RoutedExperts):
     moe_offload_dispatch: Dispatch | None = None
 
     def _get_quant_method(self, prefix: str, quant_config: Any, moe_config: Any) -> FusedMoEMethodBase:
-        runtime = _BUILDING.get()
-        if runtime is None:
+        model = _BUILDING.get()
+        if model is None:
             return super()._get_quant_method(prefix, quant_config, moe_config)
         _refuse_layer_features(self, moe_config)
         # Kernels that route by themselves cannot be told which slot an expert is in: vLLM picks another class then.
@@ -51,9 +63,13 @@ class SlotExperts(RoutedExperts):
         setattr(moe_config, decomposed, True)
         method = super()._get_quant_method(prefix, quant_config, moe_config)
         # Past nn.Module's own attribute handling: neither is a parameter, and the runtime is not copied with the layer.
-        object.__setattr__(self, "moe_offload_runtime", runtime)
+        object.__setattr__(self, "moe_offload_runtime", model.runtime)
         load_to_homes(
-            method, self, runtime, lambda dispatch: object.__setattr__(self, "moe_offload_dispatch", dispatch)
+            method,
+            self,
+            model.runtime,
+            register=model.buffered.append,
+            adopt=lambda dispatch: object.__setattr__(self, "moe_offload_dispatch", dispatch),
         )
         return method
 
@@ -88,15 +104,16 @@ class SlotExperts(RoutedExperts):
 def register_layers() -> None:
     """Put `SlotExperts` in the place of `RoutedExperts` and of each subclass that has been imported by now.
 
-    The registry goes by class name and does not cover subclasses, so each gets a class of its own.
+    The registry goes by class name and does not cover subclasses, so each gets a class of its own. That class keeps the
+    name: compressed-tensors, for one, finds a layer's scheme by it.
     """
     for base in _with_subclasses(RoutedExperts):
         if issubclass(base, SlotExperts):
             continue
         taken = op_registry_oot.get(base.__name__)
         if taken is None:
-            offloaded = SlotExperts if base is RoutedExperts else type(f"Slot{base.__name__}", (SlotExperts, base), {})
-            PluggableLayer.register_oot(offloaded, name=base.__name__)
+            bases = (SlotExperts,) if base is RoutedExperts else (SlotExperts, base)
+            PluggableLayer.register_oot(type(base.__name__, bases, {"__module__": __name__}), name=base.__name__)
         elif not issubclass(taken, SlotExperts):
             raise UnsupportedModelError(
                 f"--moe-offload: {taken.__module__}.{taken.__name__} of another plugin already replaces vLLM's "

@@ -17,14 +17,12 @@ _TOKEN_EXACT = frozenset(
         "CPUExpertsInt8",
     }
 )
-#: Kernels that round each route's row before adding: two passes add up to the same bits, for at most two routes.
-_EXPERT_EXACT_TOP2 = frozenset({"CPUExpertsFp8"})
 
 
-def exact_pass_kind(kernel_name: str, topk: int) -> PassKind:
-    """How a wide forward of this kernel is cut; LAYER_BUFFER (one pass) for kernels that nobody has measured."""
-    if kernel_name in _TOKEN_EXACT:
-        return PassKind.TOKEN
-    if kernel_name in _EXPERT_EXACT_TOP2 and topk <= 2:
-        return PassKind.EXPERT
-    return PassKind.LAYER_BUFFER
+def exact_pass_kind(kernel_name: str) -> PassKind:
+    """How a wide forward of this kernel is cut; LAYER_BUFFER (one pass) for all that are not known to be exact.
+
+    CPUExpertsFp8 and CPUExpertsMxfp4 pick their code path by the number of an expert's tokens, so neither whole tokens
+    nor experts may be taken apart without a change in the last bit.
+    """
+    return PassKind.TOKEN if kernel_name in _TOKEN_EXACT else PassKind.LAYER_BUFFER

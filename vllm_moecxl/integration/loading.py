@@ -7,21 +7,22 @@ the kernel's format by the quantisation method itself, and handed to us.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
 import torch
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.moe_output import UnfinalizedMoEOutput
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
-from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info, initialize_online_processing
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from vllm_moecxl.control.account import LayerNeed
 from vllm_moecxl.data.host import FileMappings, trim_heap
 from vllm_moecxl.data.slabs import Cells
 from vllm_moecxl.errors import UnsupportedModelError
+from vllm_moecxl.integration.buffered import BufferedParameters
 from vllm_moecxl.integration.initial_values import InitialValues
 from vllm_moecxl.integration.kernels import exact_pass_kind
 from vllm_moecxl.integration.scan import per_expert_tensors
@@ -30,34 +31,35 @@ from vllm_moecxl.runtime.runtime import LoadedLayer, OffloadRuntime
 
 
 def load_to_homes(
-    method: FusedMoEMethodBase, layer: RoutedExperts, runtime: OffloadRuntime, adopt: Callable[[Dispatch], None]
+    method: FusedMoEMethodBase,
+    layer: RoutedExperts,
+    runtime: OffloadRuntime,
+    register: Callable[[BufferedParameters], None],
+    adopt: Callable[[Dispatch], None],
 ) -> None:
     """Change one quantisation method object so that its layer's experts end up at home.
 
     Methods are wrapped on the instance: vLLM's loaders look at the class name of the method, so it may not change.
 
     Args:
+        register: called once with the layer's parameters, when they have been created.
         adopt: called once with the layer's dispatch, when its experts are home.
     """
     create_weights = method.create_weights
     process_weights = method.process_weights_after_loading
-    defaults: dict[str, float] = {}
-    is_online = method.uses_meta_device  # quantises while loading, and cares for its own defaults
+    is_dummy = get_current_vllm_config().load_config.load_format == "dummy"
+    buffered: list[BufferedParameters] = []
     is_home = False
 
     @wraps(create_weights)
     def create_on_meta(*args: Any, **kwargs: Any) -> None:
-        initial = InitialValues()
+        # The router's parameters may be on the layer already; they are loaded with the router.
         before = set(layer._parameters)
-        with initial:
+        with InitialValues() as initial:
             create_weights(*args, **kwargs)
-        for name, parameter in layer._parameters.items():
-            if parameter is None or name in before or is_online:
-                continue
-            if (fill := initial.of(parameter)) is not None:
-                defaults[name] = fill
-                parameter.weight_loader = _filling(parameter, fill, defaults, name)
-        initialize_online_processing(layer)
+        names = [name for name, p in layer._parameters.items() if p is not None and name not in before]
+        buffered.append(BufferedParameters(layer, names, initial, is_dummy=is_dummy))
+        register(buffered[0])
         runtime.declare(_need(layer))
 
     @wraps(process_weights)
@@ -65,9 +67,7 @@ def load_to_homes(
         nonlocal is_home
         if is_home:  # the loader's last step visits every layer again
             return
-        for name, fill in defaults.items():
-            # Nothing was loaded into these: what remains is the value that they were created with.
-            layer.get_parameter(name).data.fill_(fill)
+        buffered[0].close()
         _give_back(_loaded_sources(layer))
         process_weights(layer)
         adopt(runtime.install(_loaded_layer(layer, method)))
@@ -79,22 +79,6 @@ def load_to_homes(
     method.uses_meta_device = True
     # Without this, vLLM would move our cells to the device and back around the processing step.
     method.requires_device_loading = False
-
-
-def _filling(parameter: torch.nn.Parameter, fill: float, pending: dict[str, float], name: str) -> Callable[..., object]:
-    """A weight loader that first gives the materialised parameter the value it was created with."""
-    load: Callable[..., object] = getattr(parameter, "weight_loader")  # noqa: B009 - vLLM sets it, torch does not know
-    signature = inspect.signature(load)
-
-    @wraps(load)
-    def fill_then_load(*args: Any, **kwargs: Any) -> object:
-        target = signature.bind(*args, **kwargs).arguments["param"]
-        if not target.is_meta and name in pending:
-            target.data.fill_(fill)
-            del pending[name]
-        return load(*args, **kwargs)
-
-    return fill_then_load
 
 
 def _need(layer: RoutedExperts) -> LayerNeed:
@@ -112,7 +96,7 @@ def _loaded_layer(layer: RoutedExperts, method: FusedMoEMethodBase) -> LoadedLay
     if method.moe_kernel is None or method.is_monolithic:
         raise UnsupportedModelError(
             f"--moe-offload: {type(method).__name__} of {layer.layer_name} has no kernel that takes routed tokens "
-            "(it routes by itself), so its experts cannot be served from slots: use another --moe-backend, such as triton"
+            "(it routes by itself), so its experts cannot be served from slots: use --moe-backend triton or another"
         )
     kernel_name = type(method.moe_kernel.fused_experts).__name__
     groups = per_expert_tensors(layer, layer.local_num_experts)
@@ -147,7 +131,7 @@ def _loaded_layer(layer: RoutedExperts, method: FusedMoEMethodBase) -> LoadedLay
         kernel=run_kernel,
         bind=bind,
         kernel_name=kernel_name,
-        pass_kind=exact_pass_kind(kernel_name, layer.top_k),
+        pass_kind=exact_pass_kind(kernel_name),
         hidden_size=layer.hidden_size,
         dtype=layer.moe_config.in_dtype,
     )

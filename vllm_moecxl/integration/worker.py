@@ -6,6 +6,7 @@ It comes in as vLLM's worker extension class, so nothing of this costs an engine
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from vllm_moecxl.config import OffloadConfig
 from vllm_moecxl.data.devices import make_backend
 from vllm_moecxl.errors import UnsupportedModelError
 from vllm_moecxl.integration import patches
+from vllm_moecxl.integration.buffered import catching_direct_writes
 from vllm_moecxl.integration.device_budget import reserve_bytes
-from vllm_moecxl.integration.experts import SlotExperts, building, register_layers
+from vllm_moecxl.integration.experts import ModelUnderConstruction, SlotExperts, building, register_layers
 from vllm_moecxl.integration.metrics import counters_path
 from vllm_moecxl.integration.settings import active_config
 from vllm_moecxl.runtime.runtime import OffloadRuntime
@@ -48,14 +50,27 @@ def _build(create: Callable[[], Any], vllm_config: Any, model_config: Any) -> An
     get_model_architecture(model_config)
     register_layers()
     runtime = _make_runtime(config, vllm_config)
-    with building(runtime):
+    with building(runtime) as under_construction:
         model = create()
     _require_offloaded(model, runtime, is_main=model_config is vllm_config.model_config)
     if runtime.layer_count:
         kv_cache_bytes = vllm_config.cache_config.kv_cache_memory_bytes
         runtime.plan(kv_cache_bytes, reserve_bytes(vllm_config))
         object.__setattr__(model, _RUNTIME_ATTRIBUTE, runtime)
+        _catch_direct_writes(model, under_construction)
     return model
+
+
+def _catch_direct_writes(model: torch.nn.Module, under_construction: ModelUnderConstruction) -> None:
+    """Some models copy weights into parameters themselves: see `integration.buffered`."""
+    load_weights: Callable[..., Any] = model.load_weights  # type: ignore[assignment]
+
+    @wraps(load_weights)
+    def load(*args: Any, **kwargs: Any) -> Any:
+        with catching_direct_writes(under_construction.buffered):
+            return load_weights(*args, **kwargs)
+
+    object.__setattr__(model, "load_weights", load)
 
 
 def _make_runtime(config: OffloadConfig, vllm_config: Any) -> OffloadRuntime:
