@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 
 KIB = 1 << 10
 MIB = 1 << 20
 GIB = 1 << 30
 
 _FACTORS = {
-    "": 1,
     "b": 1,
     "k": 10**3,
     "kb": 10**3,
@@ -32,7 +32,7 @@ def parse_bytes(text: str) -> int | None:
     match = _BYTES.fullmatch(text)
     if match is None or (factor := _FACTORS.get(match[2].lower())) is None:
         return None
-    return int(float(match[1]) * factor)
+    return int(Decimal(match[1]) * factor)
 
 
 def format_bytes(count: int) -> str:

@@ -195,3 +195,20 @@ def test_weights_cannot_be_replaced_under_the_slots(fixture_model: str) -> None:
     metric_names = {name for name, _, _ in llm.collective_rpc("moe_offload_stats")[0]}
     assert "vllm:moe_offload_lookups_total" in metric_names
     llm.llm_engine.engine_core.shutdown()
+
+
+def test_a_checkpoint_without_some_experts_weights_is_refused(fixture_model: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(fixture_model, tmp_path / "incomplete"))
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if not (".layers.3." in name and ".experts." in name)}
+    assert len(kept) < len(tensors)
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    script = f"from tests.engine.harness import generate; generate(model={str(folder)!r}, moe_offload='cxl')"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert run.returncode != 0
+    assert (
+        "IntegrityError: --moe-offload: the checkpoint has nothing for w13_weight, w2_weight of model.layers.3"
+        in (run.stderr.rstrip().splitlines()[-1])
+    )

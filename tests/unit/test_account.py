@@ -58,7 +58,7 @@ def test_a_share_follows_each_layers_own_expert_count() -> None:
     assert plan(config(slots="50%"), UNEVEN, machine(1000)).slot_counts == (8, 2)
 
 
-@pytest.mark.parametrize(("device_mib", "expected"), [(180, (5, 5)), (1000, (8, 8)), (120, (2, 2))])
+@pytest.mark.parametrize(("device_mib", "expected"), [(180, (8, 8)), (150, (3, 3)), (1000, (8, 8)), (120, (2, 2))])
 def test_auto_on_a_device_of_its_own_fills_what_the_layer_buffer_leaves(device_mib: int, expected: object) -> None:
     account = plan(config(), LAYERS, machine(device_mib))
     assert account.slot_counts == expected

@@ -20,7 +20,8 @@ def tree(
 ) -> tuple[Path, Path]:
     """A /proc with 8 GiB available, and a cgroup."""
     proc, cgroup = root / "proc", root / "cgroup"
-    proc.mkdir()
+    (proc / "self").mkdir(parents=True)
+    (proc / "self" / "cgroup").write_text("0::/\n")
     cgroup.mkdir()
     (proc / "meminfo").write_text(
         f"MemTotal: 16777216 kB\nMemFree:     1024 kB\nMemAvailable: {available_kib} kB\nHugePages_Total:  0\n"
@@ -49,6 +50,27 @@ def test_available_memory_is_the_machines_or_the_containers_whichever_is_less(
     tmp_path: Path, limit: str | None, usage: int | None, stat: str | None, expected: int
 ) -> None:
     assert available_bytes(*tree(tmp_path, limit=limit, usage=usage, stat=stat)) == expected
+
+
+def test_the_tightest_limit_above_the_process_counts(tmp_path: Path) -> None:
+    proc, cgroup = tree(tmp_path, limit=None)
+    (proc / "self" / "cgroup").write_text("0::/user.slice/engine.scope\n")
+    for folder, limit in (("user.slice", 3 * GIB), ("user.slice/engine.scope", 5 * GIB)):
+        (cgroup / folder).mkdir()
+        (cgroup / folder / "memory.max").write_text(f"{limit}\n")
+        (cgroup / folder / "memory.current").write_text(f"{GIB}\n")
+    assert available_bytes(proc, cgroup) == 2 * GIB
+
+
+def test_limits_of_cgroup_version_1_count(tmp_path: Path) -> None:
+    proc, cgroup = tree(tmp_path, limit=None)
+    (proc / "self" / "cgroup").write_text("5:cpu:/\n4:memory:/job\n0::/\n")
+    folder = cgroup / "memory" / "job"
+    folder.mkdir(parents=True)
+    (folder / "memory.limit_in_bytes").write_text(f"{4 * GIB}\n")
+    (folder / "memory.usage_in_bytes").write_text(f"{3 * GIB}\n")
+    (folder / "memory.stat").write_text(f"cache 1\ntotal_inactive_file {GIB}\n")
+    assert available_bytes(proc, cgroup) == 2 * GIB
 
 
 def test_available_memory_of_this_machine_lies_between_nothing_and_all_of_it() -> None:

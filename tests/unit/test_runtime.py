@@ -106,7 +106,7 @@ def test_a_kernel_that_depends_on_the_batch_goes_through_the_layer_buffer(caplog
     ("kernel_of", "options", "sentence"),
     [
         (width_dependent, {"layer_buffer": False}, "set --moe-offload-config.layer_buffer true"),
-        (never_the_same, {}, "and so does the layer buffer: this kernel cannot be offloaded"),
+        (never_the_same, {}, "and so does the layer buffer: this kernel cannot be served from slots"),
     ],
 )
 def test_a_kernel_that_cannot_keep_its_bits_does_not_start(

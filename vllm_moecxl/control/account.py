@@ -83,7 +83,7 @@ def plan(config: OffloadConfig, layers: Sequence[LayerNeed], machine: Machine) -
         CapacityError: the homes or the slots do not fit; the sentence says what would.
     """
     home_bytes = sum(layer.home_bytes for layer in layers)
-    largest_layer_bytes = max(layer.home_bytes for layer in layers)
+    buffer_bytes = _buffer_bytes(layers)
     capacity_bytes = config.banks[0].capacity_bytes
     if capacity_bytes is not None and home_bytes > capacity_bytes:
         raise CapacityError(
@@ -99,14 +99,15 @@ def plan(config: OffloadConfig, layers: Sequence[LayerNeed], machine: Machine) -
     room_bytes = machine.device_free_bytes - (home_bytes if machine.shared else 0)
     slot_counts = _slot_counts(config, layers, room_bytes, machine.shared)
     slot_bytes = _slot_bytes(layers, slot_counts)
-    has_buffer = _wants_layer_buffer(config, layers, slot_counts, room_bytes - slot_bytes, largest_layer_bytes)
-    layer_buffer_bytes = largest_layer_bytes if has_buffer else 0
+    has_buffer = _wants_layer_buffer(config, layers, slot_counts, room_bytes - slot_bytes, buffer_bytes)
+    layer_buffer_bytes = buffer_bytes if has_buffer else 0
     if slot_bytes + layer_buffer_bytes > room_bytes:
         raise CapacityError(
             f"--moe-offload-config: slots={config.slots_text!r} takes {format_bytes(slot_bytes)} and the layer buffer "
             f"{format_bytes(layer_buffer_bytes)} of device memory but {format_bytes(max(room_bytes, 0))} are left for "
             f"them: {_what_fits(layers, room_bytes - layer_buffer_bytes)}"
         )
+    largest_layer_bytes = max(layer.home_bytes for layer in layers)
     return Account(slot_counts, home_bytes, slot_bytes, layer_buffer_bytes, largest_layer_bytes, machine.kv_cache_bytes)
 
 
@@ -125,13 +126,20 @@ def _slot_counts(config: OffloadConfig, layers: Sequence[LayerNeed], room_bytes:
         return counts
     if not spec.is_auto:
         return tuple(spec.count_for(layer.expert_count, layer.topk, config.slots_text) for layer in layers)
+    home_bytes = sum(layer.home_bytes for layer in layers)
+    if home_bytes <= room_bytes and not shared:
+        return tuple(layer.expert_count for layer in layers)
     # The layer buffer comes first: without it a long prompt would be cut into very many passes. Where the device is
     # the host, a slot costs the memory of a home, so "auto" does not spend more than half of it again.
-    largest_layer_bytes = max(layer.home_bytes for layer in layers)
-    home_bytes = sum(layer.home_bytes for layer in layers)
-    budget = room_bytes - largest_layer_bytes
+    budget = room_bytes - (_buffer_bytes(layers) if config.layer_buffer is not False else 0)
     counts = _counts_within(layers, min(budget, home_bytes // 2) if shared else budget)
     return tuple(max(count, layer.topk) for count, layer in zip(counts, layers, strict=True))
+
+
+def _buffer_bytes(layers: Sequence[LayerNeed]) -> int:
+    """Layers of one shape share a buffer."""
+    shapes = {(layer.expert_count, layer.slab_bytes) for layer in layers}
+    return sum(expert_count * slab_bytes for expert_count, slab_bytes in shapes)
 
 
 def _counts_within(layers: Sequence[LayerNeed], total_bytes: int) -> tuple[int, ...]:

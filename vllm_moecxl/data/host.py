@@ -6,7 +6,7 @@ import ctypes
 import math
 import mmap
 import resource
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,14 +25,28 @@ def available_bytes(proc: Path = _PROC, cgroup: Path = _CGROUP) -> int:
     """Host memory that this process may still take: the machine's or the cgroup's, whichever is less."""
     meminfo = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
     available = int(meminfo["MemAvailable"].split()[0]) * KIB
-    limit, usage = cgroup / "memory.max", cgroup / "memory.current"
-    if limit.exists() and usage.exists() and (text := limit.read_text().strip()) != "max":
-        reclaimable = 0
-        if (stat := cgroup / "memory.stat").exists():
-            rows = dict(line.split(maxsplit=1) for line in stat.read_text().splitlines())
-            reclaimable = int(rows.get("inactive_file", 0))
-        available = min(available, int(text) - int(usage.read_text()) + reclaimable)
-    return max(available, 0)
+    return max(min([available, *_cgroup_rooms(proc, cgroup)]), 0)
+
+
+def _cgroup_rooms(proc: Path, cgroup: Path) -> Iterator[int]:
+    """What each memory limit above this process leaves, in cgroups of version 2 and 1; a parent's limit holds too."""
+    for line in (proc / "self" / "cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            root, limit_name, usage_name, cache_name = cgroup, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            root, limit_name = cgroup / "memory", "memory.limit_in_bytes"
+            usage_name, cache_name = "memory.usage_in_bytes", "total_inactive_file"
+        else:
+            continue
+        folder = root / path.lstrip("/")
+        # Inside a container the path may be the host's: the container's own limit is then at the root.
+        for level in (folder, *(parent for parent in folder.parents if parent.is_relative_to(root))):
+            limit, usage = level / limit_name, level / usage_name
+            if limit.exists() and usage.exists() and (text := limit.read_text().strip()) != "max":
+                stat = level / "memory.stat"
+                rows = dict(row.split(maxsplit=1) for row in stat.read_text().splitlines()) if stat.exists() else {}
+                yield int(text) - int(usage.read_text()) + int(rows.get(cache_name, 0))
 
 
 def locked_limit_bytes() -> int | None:
@@ -65,10 +79,10 @@ def trim_heap() -> None:
 
 
 class FileMappings:
-    """The file-backed, private and unwritten-to ranges of this process, to give their pages back.
+    """The file-backed ranges of this process, to give their pages back.
 
     A checkpoint that is read through a mapping counts in the process' resident memory for as long as it is mapped.
-    Once an expert's bytes have been copied home, its pages can go: they are clean, and the file still has them.
+    Once a tensor has been loaded its pages can go: whoever reads it again gets what the file has.
     """
 
     def __init__(self, maps: Path = _PROC / "self" / "maps") -> None:

@@ -5,6 +5,7 @@ It comes in as vLLM's worker extension class, so nothing of this costs an engine
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -77,7 +78,11 @@ def _make_runtime(config: OffloadConfig, vllm_config: Any) -> OffloadRuntime:
     device = torch.device(vllm_config.device_config.device_type)
     if device.type != "cpu":
         device = torch.device(device.type, torch.accelerator.current_device_index())
-    return OffloadRuntime(config, make_backend(device), device, logger, counters_path(get_world_group().rank))
+    path = counters_path(get_world_group().rank)
+    runtime = OffloadRuntime(config, make_backend(device), device, logger, path)
+    # An engine that is gone must not be counted among those of a later one in the same process.
+    weakref.finalize(runtime, path.unlink, missing_ok=True)
+    return runtime
 
 
 def _require_offloaded(model: torch.nn.Module, runtime: OffloadRuntime, *, is_main: bool) -> None:

@@ -216,7 +216,9 @@ class OffloadRuntime:
                 f"self-check of {layer.name}: {pass_kind.value} passes change {different} outputs of "
                 f"{layer.kernel_name} here"
             )
-            if pass_kind is PassKind.LAYER_BUFFER or layer_buffer is None:
+            if pass_kind is PassKind.LAYER_BUFFER:
+                raise IntegrityError(f"{sentence}: this kernel cannot be served from slots, drop --moe-offload")
+            if layer_buffer is None:
                 raise IntegrityError(
                     f"{sentence}: set --moe-offload-config.layer_buffer true, or accept it with passes fast"
                 )
@@ -224,7 +226,10 @@ class OffloadRuntime:
             pass_kind = PassKind.LAYER_BUFFER
             different = check.run(lambda: dispatch(pass_kind, layer_buffer, Counters([self.bank.name])))
             if different:
-                raise IntegrityError(f"{sentence}, and so does the layer buffer: this kernel cannot be offloaded")
+                raise IntegrityError(
+                    f"{sentence}, and so does the layer buffer: this kernel cannot be served from slots, "
+                    "drop --moe-offload"
+                )
         self._confirmed[layer.kernel_name] = pass_kind
         self._log.info(
             "MoE offload: %s runs wide forwards by %s, bit-equal in the self-check", layer.kernel_name, pass_kind.value
