@@ -54,6 +54,7 @@ class Scenario:
     slot_count: int
     pass_kind: PassKind
     has_layer_buffer: bool
+    is_host: bool
     forwards: list[Forward]
 
 
@@ -77,6 +78,7 @@ def scenarios(draw: st.DrawFn) -> Scenario:
         draw(st.integers(topk, expert_count)),
         pass_kind,
         pass_kind is PassKind.LAYER_BUFFER or draw(st.booleans()),
+        draw(st.booleans()),
         draw(st.lists(forward, min_size=1, max_size=6)),
     )
 
@@ -154,13 +156,13 @@ def check_forward(served: Served, scenario: Scenario, forward: Forward, seed: in
 
 
 def check_rehearsal(served: Served, scenario: Scenario, forward: Forward) -> None:
-    """A forward that no request asked for: as right as any, and without a trace where there is a layer buffer."""
+    """A forward that no request asked for: as right as any, and without a trace where kernels read homes, or a layer buffer."""
     x, weights, ids = batch_of(forward, scenario, seed=99)
     served.spoil_layer_buffer()
     before = (served.counters.values.copy(), served.residency.resident_mask())
     output = served.dispatch.rehearse(x, weights, ids)
     torch.testing.assert_close(output, served.toy.direct(x, weights, ids), rtol=1e-4, atol=1e-3)
-    if scenario.has_layer_buffer:
+    if scenario.has_layer_buffer or scenario.is_host:
         assert np.array_equal(before[0], served.counters.values)
         assert np.array_equal(before[1], served.residency.resident_mask())
 
@@ -202,7 +204,13 @@ def check_bad_id(served: Served, scenario: Scenario, forward: Forward, ids: torc
 
 def check_scenario(scenario: Scenario) -> None:
     toy = ToyMoe(scenario.expert_count, seed=scenario.slot_count)
-    served = Served(toy, scenario.slot_count, scenario.pass_kind, has_layer_buffer=scenario.has_layer_buffer)
+    served = Served(
+        toy,
+        scenario.slot_count,
+        scenario.pass_kind,
+        has_layer_buffer=scenario.has_layer_buffer,
+        is_host=scenario.is_host,
+    )
     for seed, forward in enumerate(scenario.forwards):
         ids = as_tensor(forward, scenario.topk)
         match forward.event:

@@ -217,8 +217,8 @@ def test_the_pass_properties_notice_a_plan_without(
         pytest.param("_make_resident", "self._count_slots()", "pass", id="slots are counted"),
         pytest.param("_run_resident", "self.residency.release(lease)", "pass", id="a pass ends its lease"),
         pytest.param("__call__", "self.residency.release(lease)", "pass", id="a full hit ends its lease"),
-        pytest.param("_run_buffer", "self._bind(self.slots)", "pass", id="the slots are bound again"),
-        pytest.param("_run_buffer", "self._bind(buffer)", "pass", id="the layer buffer is bound"),
+        pytest.param("_run_rows", "self._bind(self.slots)", "pass", id="the slots are bound again"),
+        pytest.param("_run_rows", "self._bind(rows)", "pass", id="the layer buffer is bound"),
         pytest.param(
             "_run_layer_buffer",
             "buffer.take(self.slots, [self.residency.resident_slot(expert_id) for expert_id in cached], cached)",
@@ -238,6 +238,7 @@ def test_the_pass_properties_notice_a_plan_without(
         pytest.param("__call__", "if not routes.size:", "if False:", id="an empty batch is nothing to lease"),
         pytest.param("rehearse", "self.residency.require_known(routes)", "pass", id="a rehearsal checks its ids too"),
         pytest.param("rehearse", "if self.layer_buffer is None:", "if True:", id="a rehearsal leaves the slots alone"),
+        pytest.param("rehearse", "if self._backend.is_host:", "if True:", id="a device cannot read homes"),
     ],
 )
 def test_the_dispatch_property_notices_a_dispatch_without(

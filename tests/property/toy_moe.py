@@ -35,9 +35,11 @@ class ToyMoe:
         }
         self.bound: tuple[torch.Tensor, ...] = tuple(self.tensors.values())
         self.calls_until_failure: int | None = None
+        self.reads_homes = True
 
-    def bind(self, cells: Cells) -> None:
-        self.bound = cells.tensors
+    def bind(self, rows: Cells | Home) -> None:
+        assert self.reads_homes or isinstance(rows, Cells), "a kernel on its own device was given host memory"
+        self.bound = rows.tensors
 
     def kernel(self, x: torch.Tensor, topk_weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         assert ids.dtype is torch.int32 and ids.shape == topk_weights.shape and x.shape[0] == ids.shape[0]
@@ -69,8 +71,12 @@ class ToyMoe:
 class Served:
     """A toy layer behind a `Dispatch`."""
 
-    def __init__(self, toy: ToyMoe, slot_count: int, pass_kind: PassKind, *, has_layer_buffer: bool) -> None:
+    def __init__(
+        self, toy: ToyMoe, slot_count: int, pass_kind: PassKind, *, has_layer_buffer: bool, is_host: bool = True
+    ) -> None:
         backend, bank = CpuBackend(), DramBank()
+        # A kernel on a device of its own cannot read homes: the runtime has to go by the layer buffer then.
+        backend.is_host = toy.reads_homes = is_host
         expert_count = len(toy.tensors["weight"])
         layout = SlabLayout.of(toy.tensors)
         self.toy = toy

@@ -20,7 +20,7 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from vllm_moecxl.control.account import LayerNeed
 from vllm_moecxl.data.host import FileMappings, trim_heap
-from vllm_moecxl.data.slabs import Cells
+from vllm_moecxl.data.slabs import Cells, Home
 from vllm_moecxl.errors import UnsupportedModelError
 from vllm_moecxl.integration.buffered import BufferedParameters
 from vllm_moecxl.integration.initial_values import InitialValues
@@ -119,8 +119,8 @@ def _loaded_layer(layer: RoutedExperts, method: FusedMoEMethodBase) -> LoadedLay
 
     targets = tuple(groups.values())
 
-    def bind(cells: Cells) -> None:
-        for objects, tensor in zip(targets, cells.tensors, strict=True):
+    def bind(rows: Cells | Home) -> None:
+        for objects, tensor in zip(targets, rows.tensors, strict=True):
             for target in objects:
                 target.data = tensor
 

@@ -21,8 +21,8 @@ from vllm_moecxl.types import Lookup, PassKind, SlotState
 
 #: Runs vLLM's kernel: (x, topk_weights, row ids into the bound cells) -> output.
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-#: Makes the kernel read its weights from these cells.
-Bind = Callable[[Cells], None]
+#: Makes the kernel read its weights from these rows.
+Bind = Callable[[Cells | Home], None]
 
 
 class Dispatch:
@@ -99,18 +99,20 @@ class Dispatch:
     def rehearse(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
         """Compute a forward that no request asked for (memory profile, warm-up): as right as any.
 
-        It goes by the layer buffer where there is one, and then touches neither slots nor counters.
+        It reads the home where the kernel can, else the layer buffer, and then touches neither slots nor counters.
         """
-        if self.layer_buffer is None:
-            return self(x, topk_weights, topk_ids)
         host_ids = self._backend.route_ids(topk_ids)
         if not host_ids.numel():
             return torch.empty_like(x)
         routes = np.unique(host_ids.numpy().view(np.uint32))
         self.residency.require_known(routes)
-        distinct = routes.tolist()
-        self.layer_buffer.fetch(self.home, distinct, distinct)
-        return self._run_buffer(self.layer_buffer, x, topk_weights, host_ids)
+        if self._backend.is_host:
+            return self._run_rows(self.home, x, topk_weights, host_ids)
+        if self.layer_buffer is None:
+            return self(x, topk_weights, topk_ids)
+        expert_ids = routes.tolist()
+        self.layer_buffer.fetch(self.home, expert_ids, expert_ids)
+        return self._run_rows(self.layer_buffer, x, topk_weights, host_ids)
 
     def _slot_tensor(self, lease: Lease) -> torch.Tensor:
         return self._backend.to_device(torch.from_numpy(lease.slot_ids))
@@ -198,13 +200,13 @@ class Dispatch:
         buffer.take(self.slots, [self.residency.resident_slot(expert_id) for expert_id in cached], cached)
         self._fetch(buffer, absent, absent)
         self._counters.values[self._counters.passes[PassKind.LAYER_BUFFER]] += 1
-        return self._run_buffer(buffer, x, topk_weights, host_ids)
+        return self._run_rows(buffer, x, topk_weights, host_ids)
 
-    def _run_buffer(
-        self, buffer: Cells, x: torch.Tensor, topk_weights: torch.Tensor, host_ids: torch.Tensor
+    def _run_rows(
+        self, rows: Cells | Home, x: torch.Tensor, topk_weights: torch.Tensor, host_ids: torch.Tensor
     ) -> torch.Tensor:
-        """One kernel call whose experts are in the rows of the layer buffer that bear their ids."""
-        self._bind(buffer)
+        """One kernel call on tensors that have a row for every expert, by its id."""
+        self._bind(rows)
         try:
             return self._kernel(x, topk_weights, self._backend.to_device(host_ids))
         finally:
