@@ -68,7 +68,7 @@ def load_to_homes(
         if is_home:  # the loader's last step visits every layer again
             return
         buffered[0].close()
-        _give_back(_loaded_sources(layer))
+        _give_back_sources(layer)
         process_weights(layer)
         adopt(runtime.install(_loaded_layer(layer, method)))
         trim_heap()
@@ -137,20 +137,15 @@ def _loaded_layer(layer: RoutedExperts, method: FusedMoEMethodBase) -> LoadedLay
     )
 
 
-def _loaded_sources(layer: RoutedExperts) -> list[tuple[int, int]]:
-    """Address and size of every checkpoint tensor that was buffered for this layer."""
-    return [
-        (value.data_ptr(), value.nbytes)
-        for _, bound in get_layerwise_info(layer).loaded_weights
-        for value in bound.arguments.values()
-        if isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.is_contiguous()
-    ]
+def _give_back_sources(layer: RoutedExperts) -> None:
+    """Let go of the checkpoint tensors of a layer that has their contents by now, and drop their mapped pages.
 
-
-def _give_back(sources: list[tuple[int, int]]) -> None:
-    """Drop the mapped pages of checkpoint tensors whose contents the layer has by now: one copy is enough."""
-    if not sources:
-        return
+    The buffered calls also hold the parameters as loaded, of which processing is about to make others.
+    """
+    buffered = get_layerwise_info(layer).loaded_weights
     mappings = FileMappings()
-    for address, byte_count in sources:
-        mappings.drop(address, byte_count)
+    for _, bound in buffered:
+        for value in bound.arguments.values():
+            if isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.is_contiguous():
+                mappings.drop(value.data_ptr(), value.nbytes)
+    buffered.clear()
