@@ -46,14 +46,8 @@ class DeviceBackend(Protocol):
         """Device memory that may still be allocated."""
 
 
-class CpuBackend:
-    """vLLM's CPU engine: slots are local DRAM, kernels and copies run in order in the calling thread."""
-
-    is_host = True
-
-    def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        # A fresh anonymous mapping reads as zeros without being touched, so unused slots cost no memory.
-        return anonymous_tensor(shape, dtype)
+class _HostDrivenCopies:
+    """Copies that the calling thread issues one by one, in order with the kernels that it launches."""
 
     def copy_rows(
         self,
@@ -63,6 +57,16 @@ class CpuBackend:
         target_ids: Sequence[int],
     ) -> None:
         copy_rows(sources, source_ids, targets, target_ids)
+
+
+class CpuBackend(_HostDrivenCopies):
+    """vLLM's CPU engine: slots are local DRAM, kernels and copies run in order in the calling thread."""
+
+    is_host = True
+
+    def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        # A fresh anonymous mapping reads as zeros without being touched, so unused slots cost no memory.
+        return anonymous_tensor(shape, dtype)
 
     def route_ids(self, topk_ids: torch.Tensor) -> torch.Tensor:
         if topk_ids.dtype is torch.int32 and topk_ids.is_contiguous():
@@ -76,7 +80,7 @@ class CpuBackend:
         return available_bytes()
 
 
-class CudaBackend:
+class CudaBackend(_HostDrivenCopies):
     """Slots in device memory; copies run on the stream that the layer's kernels run on.
 
     Not run on a GPU by us yet.
@@ -89,15 +93,6 @@ class CudaBackend:
 
     def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(tuple(shape), dtype=dtype, device=self._device)
-
-    def copy_rows(
-        self,
-        sources: Sequence[torch.Tensor],
-        source_ids: Sequence[int],
-        targets: Sequence[torch.Tensor],
-        target_ids: Sequence[int],
-    ) -> None:
-        copy_rows(sources, source_ids, targets, target_ids)
 
     def route_ids(self, topk_ids: torch.Tensor) -> torch.Tensor:
         return _to_int32(topk_ids.to("cpu")).contiguous()
