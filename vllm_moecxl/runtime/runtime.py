@@ -124,7 +124,7 @@ class OffloadRuntime:
         self.account = plan(self.config, needs, machine)
         self._log.info("MoE offload: byte account of this rank, before the weights are loaded:")
         for line in self.account.lines(needs, self.bank.name):
-            self._log.info("  %s", line)
+            self._log.info("MoE offload:   %s", line)
         return self.account
 
     def install(self, layer: LoadedLayer) -> Dispatch:
