@@ -10,6 +10,7 @@ import atexit
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -51,7 +52,14 @@ def current_rows() -> list[Row]:
     """The counters of all workers, added up."""
     folder = os.environ.get(_FOLDER_VARIABLE)
     files = sorted(Path(folder).glob(f"[!.]*{_SUFFIX}")) if folder else []
-    return sum_rows(read_rows(file) for file in files)
+    return sum_rows(_read_if_there(file) for file in files)
+
+
+def _read_if_there(file: Path) -> list[Row]:
+    try:
+        return read_rows(file)
+    except FileNotFoundError:  # its worker has ended since the folder was listed
+        return []
 
 
 class OffloadCollector(Collector):
@@ -71,11 +79,11 @@ class OffloadCollector(Collector):
 
 
 _COLLECTOR = OffloadCollector()
-_registered: set[int] = set()
+_registered: weakref.WeakSet[CollectorRegistry] = weakref.WeakSet()
 
 
 def register_collector(registry: CollectorRegistry = REGISTRY) -> None:
     """Show the counters in a registry; once, however often it is asked."""
-    if id(registry) not in _registered:
+    if registry not in _registered:
         registry.register(_COLLECTOR)
-        _registered.add(id(registry))
+        _registered.add(registry)
