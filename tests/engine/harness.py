@@ -53,15 +53,28 @@ ENGINE = {
 
 def generate(scenarios: tuple[Scenario, ...] = SCENARIOS, **engine: Any) -> dict[str, list[Output]]:
     """Outputs of each scenario, in order, from one engine that is made for this and then dropped."""
+    return generate_with_metrics(scenarios, **engine)[0]
+
+
+def generate_with_metrics(
+    scenarios: tuple[Scenario, ...] = SCENARIOS, **engine: Any
+) -> tuple[dict[str, list[Output]], dict[str, float]]:
+    """The same, and our metrics of this engine: "name{label values}" -> value; empty if it does not offload."""
     from vllm import LLM
 
     llm = LLM(**{**ENGINE, **engine})
     try:
-        return {scenario.name: _run(llm, scenario) for scenario in scenarios}
+        outputs = {scenario.name: _run(llm, scenario) for scenario in scenarios}
+        rows = llm.collective_rpc("moe_offload_stats")[0] if "moe_offload" in engine else []
+        metrics = {
+            f"{name.removeprefix('vllm:moe_offload_')}{{{','.join(labels.values())}}}": value
+            for name, labels, value in rows
+        }
     finally:
         llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
+    return outputs, metrics
 
 
 def _run(llm: Any, scenario: Scenario) -> list[Output]:

@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 
-from tests.engine.harness import SCENARIOS, Output, Scenario, generate, generate_in_own_process
+from tests.engine.harness import (
+    SCENARIOS,
+    Output,
+    Scenario,
+    generate,
+    generate_in_own_process,
+    generate_with_metrics,
+)
 from tests.support.checkpoints import (
     AMX_COMBINATIONS,
     ARCHITECTURES,
@@ -71,6 +78,29 @@ def test_tensor_parallel_2(fixture_model: str, equality: Equality) -> None:
     resident = generate_in_own_process(environment, **options)
     offloaded = generate_in_own_process(environment, moe_offload="cxl", moe_offload_config={"slots": "50%"}, **options)
     _compare(equality, "trained, tensor parallel 2, slots 50%", resident, offloaded)
+
+
+def test_dummy_weights(fixture_model: str, equality: Equality) -> None:
+    options = {"model": fixture_model, "load_format": "dummy"}
+    resident = generate(_MATRIX_SCENARIOS, **options)
+    offloaded = generate(_MATRIX_SCENARIOS, moe_offload="cxl", moe_offload_config={"slots": "50%"}, **options)
+    _compare(equality, "dummy weights, slots 50%", resident, offloaded)
+
+
+def test_fast_passes_fetch_every_expert_once_per_forward(fixture_model: str) -> None:
+    outputs, metrics = generate_with_metrics(
+        _MATRIX_SCENARIOS,
+        model=fixture_model,
+        moe_offload="cxl",
+        moe_offload_config={"slots": 2, "passes": "fast"},
+    )
+    assert {name: [len(tokens) for tokens, _ in results] for name, results in outputs.items()} == {
+        scenario.name: [scenario.max_tokens] * len(scenario.prompts) for scenario in _MATRIX_SCENARIOS
+    }
+    assert metrics["passes_total{expert}"] > 0
+    assert metrics["passes_total{token}"] == metrics["passes_total{layer_buffer}"] == 0
+    slab_bytes = 3 * 128 * 256 * 2
+    assert metrics["fetch_bytes_total{dram,demand}"] == metrics["lookups_total{miss}"] * slab_bytes
 
 
 def test_default_compile_mode(fixture_model: str, equality: Equality) -> None:
