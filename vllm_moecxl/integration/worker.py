@@ -53,7 +53,9 @@ def _build(create: Callable[[], Any], vllm_config: Any, model_config: Any) -> An
     runtime = _make_runtime(config, vllm_config)
     with building(runtime) as under_construction:
         model = create()
-    _require_offloaded(model, runtime, is_main=model_config is vllm_config.model_config)
+    # A pipeline stage, or a draft model, may well have no experts.
+    is_whole = model_config is vllm_config.model_config and vllm_config.parallel_config.pipeline_parallel_size == 1
+    _require_offloaded(model, runtime, has_experts=is_whole)
     if runtime.layer_count:
         kv_cache_bytes = vllm_config.cache_config.kv_cache_memory_bytes
         runtime.plan(kv_cache_bytes, reserve_bytes(vllm_config))
@@ -85,7 +87,7 @@ def _make_runtime(config: OffloadConfig, vllm_config: Any) -> OffloadRuntime:
     return runtime
 
 
-def _require_offloaded(model: torch.nn.Module, runtime: OffloadRuntime, *, is_main: bool) -> None:
+def _require_offloaded(model: torch.nn.Module, runtime: OffloadRuntime, *, has_experts: bool) -> None:
     """Loud: asked for, so active, or the engine does not start."""
     for name, module in model.named_modules():
         if isinstance(module, RoutedExperts) and not isinstance(module, SlotExperts):
@@ -93,7 +95,7 @@ def _require_offloaded(model: torch.nn.Module, runtime: OffloadRuntime, *, is_ma
                 f"--moe-offload: {type(module).__name__} at {name} was defined too late to be replaced, so its experts "
                 "would stay on the device: please report this model"
             )
-    if is_main and not runtime.layer_count:
+    if has_experts and not runtime.layer_count:
         raise UnsupportedModelError(
             f"--moe-offload cxl: no layer of {type(model).__name__} runs its experts through vLLM's RoutedExperts, so "
             "there is nothing to offload: drop --moe-offload"
