@@ -37,8 +37,11 @@ class MoeOffloadWorker:
     """Methods that `collective_rpc` can call on each worker."""
 
     def moe_offload_stats(self) -> list[tuple[str, dict[str, str], float]]:
-        """This worker's counters: (metric, labels, value)."""
-        runtime: OffloadRuntime = getattr(self.model_runner.model, _RUNTIME_ATTRIBUTE)  # type: ignore[attr-defined]
+        """This worker's counters: (metric, labels, value); none where it has no experts."""
+        model = self.model_runner.model  # type: ignore[attr-defined]
+        runtime: OffloadRuntime | None = getattr(model, _RUNTIME_ATTRIBUTE, None)
+        if runtime is None:
+            return []
         return [(row.metric.full_name, row.labels, row.value) for row in runtime.counters.rows()]
 
 
