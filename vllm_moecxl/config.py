@@ -23,6 +23,11 @@ EVICTIONS = ("lru",)
 ADDITIONAL_CONFIG_KEY = "moe_offload"
 
 
+def is_supported_vllm(version: str) -> bool:
+    """Whether a release of vLLM, such as "0.32.1", is one of `SUPPORTED_VLLM`."""
+    return version.startswith(tuple(f"{minor}." for minor in SUPPORTED_VLLM))
+
+
 def _fail(option: str, value: object, remedy: str) -> ConfigError:
     return ConfigError(f"--moe-offload-config: {option}={value!r} is not possible: {remedy}")
 

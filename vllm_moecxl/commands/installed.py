@@ -11,7 +11,7 @@ from importlib import metadata
 from typing import Literal
 
 from vllm_moecxl.commands.findings import Finding
-from vllm_moecxl.config import SUPPORTED_VLLM
+from vllm_moecxl.config import SUPPORTED_VLLM, is_supported_vllm
 
 _GROUP = "vllm.general_plugins"
 _ENTRY_POINT = "moecxl"
@@ -90,7 +90,7 @@ def read_engine() -> Engine:
         distributions=distributions,
         has_alias=has_alias,
         kind=kind,
-        is_supported=bool(versions) and all(v.startswith(tuple(f"{s}." for s in SUPPORTED_VLLM)) for v in versions),
+        is_supported=bool(versions) and all(map(is_supported_vllm, versions)),
         torch=torch[0].version if torch else None,
     )
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -111,7 +112,7 @@ class BufferedParameters:
             parameter: torch.Tensor = bound.arguments["param"]
             weight = bound.arguments["loaded_weight"]
             if parameter.is_meta:
-                with _CountEachElementOnce(parameter, self._written[name]):
+                with _inside_loader(), _CountEachElementOnce(parameter, self._written[name]):
                     return _write(parameter, weight) if isinstance(weight, _DirectWrite) else load(*args, **kwargs)
             if name in self._fills and name not in self._loaded:
                 parameter.data.fill_(self._fills[name])
@@ -131,6 +132,19 @@ def catching_direct_writes(buffered: list[BufferedParameters]) -> Iterator[None]
     by_storage = {key: entry for parameters in buffered for key, entry in parameters.by_storage.items()}
     with _DirectWrites(by_storage):
         yield
+
+
+#: Whether a loader is being tried on a meta parameter: what it writes, padding included, is no direct write.
+_INSIDE_LOADER: ContextVar[bool] = ContextVar("moe_offload_inside_loader", default=False)
+
+
+@contextmanager
+def _inside_loader() -> Iterator[None]:
+    token = _INSIDE_LOADER.set(True)
+    try:
+        yield
+    finally:
+        _INSIDE_LOADER.reset(token)
 
 
 def _place(view: torch.Tensor) -> Place:
@@ -157,20 +171,12 @@ class _CountEachElementOnce(TorchDispatchMode):
         target = args[0]
         if target.is_meta and target.untyped_storage()._cdata == self._storage:
             place = _place(target)
-            if place not in self._written:
-                self._written.add(place)
-                _COUNTING.append(None)
-                try:
-                    return func(*args, **(kwargs or {}))
-                finally:
-                    _COUNTING.pop()
-            return target
+            if place in self._written:
+                return target
+            self._written.add(place)
+            return func(*args, **(kwargs or {}))
         with _disable_current_modes():
             return func(*args, **(kwargs or {}))
-
-
-#: Not empty while a loader's write is being counted: then it is not a direct one.
-_COUNTING: list[None] = []
 
 
 class _DirectWrites(TorchDispatchMode):
@@ -181,7 +187,7 @@ class _DirectWrites(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         target = args[0] if args else None
         if (
-            not _COUNTING
+            not _INSIDE_LOADER.get()
             and func._schema.is_mutable
             and isinstance(target, torch.Tensor)
             and target.is_meta

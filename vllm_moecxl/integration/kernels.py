@@ -22,7 +22,7 @@ _TOKEN_EXACT = frozenset(
 def exact_pass_kind(kernel_name: str) -> PassKind:
     """How a wide forward of this kernel is cut; LAYER_BUFFER (one pass) for all that are not known to be exact.
 
-    CPUExpertsFp8 and CPUExpertsMxfp4 pick their code path by the number of an expert's tokens, so neither whole tokens
+    CPUExpertsFp8 is known not to be: it picks its code path by an expert's number of tokens, so neither whole tokens
     nor experts may be taken apart without a change in the last bit.
     """
     return PassKind.TOKEN if kernel_name in _TOKEN_EXACT else PassKind.LAYER_BUFFER

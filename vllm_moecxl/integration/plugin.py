@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_moecxl.config import SUPPORTED_VLLM, OffloadConfig
+from vllm_moecxl.config import SUPPORTED_VLLM, OffloadConfig, is_supported_vllm
 from vllm_moecxl.errors import UnsupportedModelError
 from vllm_moecxl.integration import WORKER_EXTENSION, patches, settings
 from vllm_moecxl.integration.checks import refuse_unsupported
@@ -57,7 +57,7 @@ def _require_supported_vllm() -> None:
     import vllm
 
     version = vllm.__version__
-    if not version.startswith(tuple(f"{minor}." for minor in SUPPORTED_VLLM)):
+    if not is_supported_vllm(version):
         raise UnsupportedModelError(
             f"--moe-offload cxl does not know vLLM {version}: install vLLM {' or '.join(SUPPORTED_VLLM)}, or a newer "
             "vllm_moecxl"
