@@ -10,6 +10,7 @@ import json
 BENCHMARKS = {
     "overhead": "benchmarks.overhead",
     "memory": "benchmarks.memory",
+    "oversize": "benchmarks.oversize",
 }
 
 

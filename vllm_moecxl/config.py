@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from vllm_moecxl.errors import ConfigError
+from vllm_moecxl.types import StripeMode
 from vllm_moecxl.units import parse_bytes
 
 Mode = Literal["off", "cxl"]
@@ -18,6 +20,17 @@ SUPPORTED_VLLM = ("0.32", "0.33")
 
 #: Names of the eviction policies; `control.eviction.POLICIES` has a factory for each.
 EVICTIONS = ("lru",)
+
+#: Kinds of banks.
+BANK_KINDS = ("numa", "dax", "dram", "file", "emulated")
+
+#: When the slabs of a file are held against their digests: never, when they are first read, or at each fetch.
+Verify = Literal["off", "load", "fetch"]
+
+_BANK_REMEDY = (
+    'use "dram", "numa:NODE", "dax:/dev/daxX.Y", "file:PATH" or "emulated:DEVICE", each but "file" with an optional '
+    'size such as "dram=64GiB"'
+)
 
 #: The key of our options inside vLLM's `additional_config`.
 ADDITIONAL_CONFIG_KEY = "moe_offload"
@@ -104,27 +117,52 @@ class SlotSpec:
 
 @dataclass(frozen=True)
 class BankSpec:
-    """One bank that the user named.
+    """One bank that the user named: ``KIND[:LOCATOR][=SIZE]``.
 
     Attributes:
-        kind: "dram", the only kind of this version.
-        capacity_bytes: bytes that it may home, or None for what the machine has.
+        kind: one of `BANK_KINDS`.
+        locator: node number of "numa", path of "dax" and "file", device name of "emulated"; "" for "dram".
+        capacity_bytes: bytes that it may home, or None for what the place has.
     """
 
     kind: str
+    locator: str = ""
     capacity_bytes: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The bank's label in logs and metrics."""
+        return f"{self.kind}:{self.locator}" if self.locator else self.kind
 
     @classmethod
     def parse(cls, raw: object) -> BankSpec:
-        """Read ``"dram"`` or ``"dram=64GiB"``."""
-        remedy = 'this version has the bank "dram" or "dram=SIZE", for example "dram=64GiB"'
+        """Read ``"dram"``, ``"dram=64GiB"``, ``"numa:1"``, ``"dax:/dev/dax0.0=1TiB"``, ``"file:/nvme/model.slabs"`` or
+        ``"emulated:cxl-d=64GiB"``.
+
+        Raises:
+            ConfigError: anything else.
+        """
         if not isinstance(raw, str):
-            raise _fail("banks", raw, remedy)
-        kind, separator, size = raw.partition("=")
-        capacity_bytes = parse_bytes(size) if separator else None
-        if kind != "dram" or (separator and not capacity_bytes):
-            raise _fail("banks", raw, remedy)
-        return cls(kind, capacity_bytes)
+            raise _fail("banks", raw, _BANK_REMEDY)
+        kind, has_locator, rest = raw.partition(":")
+        if kind == "file":  # a path may well hold an equals sign, and a file's size is its own
+            if not rest or "\0" in rest:
+                raise _fail("banks", raw, 'name the slab file that moecxl pack wrote, such as "file:/nvme/model.slabs"')
+            return cls(kind, rest)
+        body, has_size, size = raw.rpartition("=") if "=" in raw else (raw, "", "")
+        capacity_bytes = parse_bytes(size) if has_size else None
+        if has_size and not capacity_bytes:
+            raise _fail("banks", raw, 'a size has a unit, such as "64GiB"')
+        kind, has_locator, locator = body.partition(":")
+        if kind not in BANK_KINDS or bool(has_locator) != (kind != "dram") or bool(locator) != bool(has_locator):
+            raise _fail("banks", raw, _BANK_REMEDY)
+        if kind == "numa":
+            if not re.fullmatch(r"[0-9]{1,4}", locator):
+                raise _fail("banks", raw, 'name a NUMA node by its number, such as "numa:1"; see moecxl topology')
+            locator = str(int(locator))
+        if "\0" in locator:
+            raise _fail("banks", raw, _BANK_REMEDY)
+        return cls(kind, locator, capacity_bytes)
 
 
 @dataclass(frozen=True)
@@ -134,17 +172,26 @@ class OffloadConfig:
     Attributes:
         mode: "cxl" serves the experts from slots; "off" leaves vLLM alone.
         slots: see `SlotSpec`; the raw text is kept for messages.
-        banks: homes in order of preference.
+        banks: homes in order of preference; None for "auto".
+        stripe: which slabs are cut over several banks: "auto" (large ones, over the banks of one tier), "all" (those of
+            all memory banks) or "never".
+        placement_trace: a routing trace whose frequent experts get the best places; None for "all alike".
+        verify: when slabs of a file are checked.
         eviction: name of an eviction policy.
         passes: "exact" keeps the resident model's result; "fast" fetches each slab once per forward and may change
             the last bit.
+        pack_to: the slab file that `moecxl pack` makes instead of serving; None to serve.
         layer_buffer: whether wide forwards stream through one layer's worth of shared slots; "auto" where it fits.
     """
 
     mode: Mode = "off"
     slots: SlotSpec = SlotSpec()
     slots_text: object = "auto"
-    banks: tuple[BankSpec, ...] = (BankSpec("dram"),)
+    banks: tuple[BankSpec, ...] | None = None
+    stripe: StripeMode = "auto"
+    placement_trace: str | None = None
+    verify: Verify = "load"
+    pack_to: str | None = None
     eviction: str = "lru"
     passes: Literal["exact", "fast"] = "exact"
     layer_buffer: bool | Literal["auto"] = "auto"
@@ -166,6 +213,10 @@ class OffloadConfig:
             slots=SlotSpec.parse(raw.get("slots", "auto")),
             slots_text=raw.get("slots", "auto"),
             banks=_parse_banks(raw.get("banks", "auto")),
+            stripe=_one_of("stripe", raw.get("stripe", "auto"), get_args(StripeMode)),
+            placement_trace=_path("placement_trace", raw.get("placement_trace")),
+            verify=_one_of("verify", raw.get("verify", "load"), get_args(Verify)),
+            pack_to=_path("pack_to", raw.get("pack_to")),
             eviction=_one_of("eviction", raw.get("eviction", "lru"), EVICTIONS),
             passes=_one_of("passes", raw.get("passes", "exact"), ("exact", "fast")),
             layer_buffer=_one_of("layer_buffer", raw.get("layer_buffer", "auto"), ("auto", True, False)),
@@ -186,12 +237,22 @@ def _one_of(option: str, value: Any, allowed: tuple[Any, ...]) -> Any:
     raise _fail(option, value, f"use one of {', '.join(map(repr, allowed))}")
 
 
-def _parse_banks(raw: object) -> tuple[BankSpec, ...]:
+def _path(option: str, value: Any) -> str | None:
+    if value is None or (isinstance(value, str) and value and "\0" not in value):
+        return value
+    raise _fail(option, value, "give the path of a file")
+
+
+def _parse_banks(raw: object) -> tuple[BankSpec, ...] | None:
     if raw == "auto":
-        return (BankSpec("dram"),)
+        return None
+    if isinstance(raw, str):  # one bank on a command line needs no list
+        raw = [raw]
     if not isinstance(raw, list | tuple) or not raw:
-        raise _fail("banks", raw, 'use "auto" or a list of bank specs such as ["dram=64GiB"]')
+        raise _fail("banks", raw, 'use "auto" or a list of bank specs such as ["numa:1", "dram=64GiB"]')
     banks = tuple(BankSpec.parse(item) for item in raw)
-    if len({bank.kind for bank in banks}) != len(banks):
+    if len({bank.name for bank in banks}) != len(banks):
         raise _fail("banks", raw, "each bank may be named once")
+    if sum(bank.kind == "file" for bank in banks) > 1:
+        raise _fail("banks", raw, "name one file at most, it has all experts")
     return banks

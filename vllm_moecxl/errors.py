@@ -22,3 +22,7 @@ class UnsupportedModelError(MoeOffloadError):
 
 class IntegrityError(MoeOffloadError):
     """Data is not what it has to be: an expert id out of range, or a pass that changes the result."""
+
+
+class TransferError(MoeOffloadError):
+    """A copy from a bank failed."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 
 class ExpertKey(NamedTuple):
@@ -42,3 +42,11 @@ class PassKind(enum.Enum):
     TOKEN = "token"
     EXPERT = "expert"
     LAYER_BUFFER = "layer_buffer"
+
+
+#: Class of the memory that a bank is made of. (The fourth tier of the glossary, the device, holds slots, not homes.)
+Tier = Literal["cxl", "dram", "file"]
+
+#: Whether one slab may lie across several banks, so that one miss is served by all of them together.
+#: "auto": large slabs, over the memory banks of one tier; "all": every slab, over all memory banks; "never".
+StripeMode = Literal["auto", "never", "all"]

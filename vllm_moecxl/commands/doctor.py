@@ -16,7 +16,8 @@ from typing import Any
 from vllm_moecxl.commands.findings import Finding
 from vllm_moecxl.commands.installed import judge_engine, judge_plugin, read_engine, read_plugin
 from vllm_moecxl.commands.machine import judge_devices, judge_memory, read_devices, read_memory
-from vllm_moecxl.commands.sysfs import DaxDevice, Topology, read_topology
+from vllm_moecxl.commands.topology import judge_memory_device, judge_region
+from vllm_moecxl.linux.topology import SYSFS, Topology, read_topology
 from vllm_moecxl.units import format_bytes
 
 _TITLES = {
@@ -31,9 +32,7 @@ _TITLES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `moecxl doctor`."""
-    parser.add_argument(
-        "--sysfs", type=Path, default=Path("/sys"), metavar="DIR", help="look here for nodes and CXL devices"
-    )
+    parser.add_argument("--sysfs", type=Path, default=SYSFS, metavar="DIR", help="look here for nodes and CXL devices")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -64,12 +63,7 @@ def examine(sysfs: Path) -> dict[str, Any]:
         "plugin": {**asdict(plugin), "is_active": plugin.is_active},
         "devices": [asdict(device) for device in devices],
         "memory": asdict(memory),
-        "numa_nodes": [asdict(node) for node in topology.nodes],
-        "cxl": {
-            "memories": [asdict(memory) for memory in topology.memories],
-            "regions": list(topology.regions),
-            "dax_devices": [asdict(device) for device in topology.dax_devices],
-        },
+        **topology.as_dict(),
     }
 
 
@@ -79,7 +73,7 @@ def judge_nodes(topology: Topology, engine_kind: str | None) -> Iterator[Finding
         yield Finding("note", "numa", "sysfs shows no NUMA nodes: all memory is taken for one node")
     for node in topology.nodes:
         size = f"{format_bytes(node.total_bytes)}, {format_bytes(node.free_bytes)} free"
-        if node.cxl_regions:
+        if node.is_cxl:
             yield Finding("ok", "numa", f"node {node.node_id}: {size}, CXL memory of {', '.join(node.cxl_regions)}")
         elif node.is_cpuless:
             yield Finding(
@@ -99,35 +93,12 @@ def judge_nodes(topology: Topology, engine_kind: str | None) -> Iterator[Finding
 
 def judge_cxl(topology: Topology) -> Iterator[Finding]:
     """Findings about CXL memory."""
-    if not topology.memories and not any(device.region for device in topology.dax_devices):
+    if not topology.memories and not topology.regions:
         yield Finding("note", "cxl", "no CXL memory: homes are in DRAM")
-        return
     for memory in topology.memories:
-        serial = f"serial {memory.serial}" if memory.serial else "no serial"
-        yield Finding("ok", "cxl", f"{memory.name}: {format_bytes(memory.ram_bytes)}, {serial}")
-    if not topology.regions:
-        yield Finding(
-            "note",
-            "cxl",
-            "no CXL region is set up, so this memory cannot be used yet: create one with cxl create-region",
-        )
-    for device in topology.dax_devices:
-        if device.region:
-            yield _judge_dax(device)
-    yield Finding("note", "cxl", "this version homes experts in DRAM only and leaves CXL memory unused")
-
-
-def _judge_dax(device: DaxDevice) -> Finding:
-    what = f"{device.name} of {device.region}: {format_bytes(device.size_bytes)}"
-    match device.driver:
-        case "kmem":
-            return Finding("ok", "cxl", f"{what}, system memory on node {device.target_node}")
-        case "device_dax":
-            return Finding("ok", "cxl", f"{what}, in devdax mode as /dev/{device.name}")
-        case _:
-            return Finding(
-                "note", "cxl", f"{what}, bound to no driver: bind it with daxctl reconfigure-device {device.name}"
-            )
+        yield judge_memory_device(memory)
+    for region in topology.regions:
+        yield judge_region(region, topology)
 
 
 def in_words(findings: list[Finding]) -> Iterator[str]:

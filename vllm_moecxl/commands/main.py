@@ -9,11 +9,12 @@ from types import ModuleType
 from typing import NoReturn
 
 from vllm_moecxl import __version__
-from vllm_moecxl.commands import doctor
+from vllm_moecxl.commands import doctor, pack, topology
 from vllm_moecxl.errors import MoeOffloadError
 
 #: Each subcommand is a module whose docstring's first line is its help, with `add_arguments(parser)` and `run(args)`.
-SUBCOMMANDS: dict[str, ModuleType] = {"doctor": doctor}
+#: One with `TAKES_ENGINE_ARGUMENTS` finds what it does not know itself in `args.engine_arguments`.
+SUBCOMMANDS: dict[str, ModuleType] = {"doctor": doctor, "topology": topology, "pack": pack}
 
 #: Exit codes: 1 is for what a subcommand looked for and found, 2 for a command that could not be carried out.
 EXIT_USAGE = 2
@@ -26,7 +27,11 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `moecxl SUBCOMMAND ...` and return its exit code."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown and not getattr(SUBCOMMANDS[args.subcommand], "TAKES_ENGINE_ARGUMENTS", False):
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    args.engine_arguments = unknown
     try:
         return int(SUBCOMMANDS[args.subcommand].run(args))
     except MoeOffloadError as error:

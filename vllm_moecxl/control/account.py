@@ -49,24 +49,39 @@ class Machine:
 
 
 @dataclass(frozen=True)
+class Holding:
+    """What one bank homes.
+
+    Attributes:
+        bank_name: its label.
+        byte_count: of slabs.
+        on_host: whether they come out of the host's DRAM.
+    """
+
+    bank_name: str
+    byte_count: int
+    on_host: bool
+
+
+@dataclass(frozen=True)
 class Account:
     """The plan for one rank: slots of each layer in order, and where the bytes go."""
 
     slot_counts: tuple[int, ...]
-    home_bytes: int
+    holdings: tuple[Holding, ...]
     slot_bytes: int
     layer_buffer_bytes: int
     largest_layer_bytes: int
     kv_cache_bytes: int | None
 
-    def lines(self, layers: Sequence[LayerNeed], bank_name: str) -> list[str]:
+    def lines(self, layers: Sequence[LayerNeed]) -> list[str]:
         """The account in words, a line each."""
         expert_count = sum(layer.expert_count for layer in layers)
         slot_count = sum(self.slot_counts)
         kv = "what vLLM finds free" if self.kv_cache_bytes is None else format_bytes(self.kv_cache_bytes)
         return [
-            f"experts       {expert_count:>8} in {len(layers)} layers, {format_bytes(self.home_bytes)}",
-            f"homes         bank {bank_name}: {format_bytes(self.home_bytes)}",
+            f"experts       {expert_count:>8} in {len(layers)} layers, {format_bytes(sum_home_bytes(layers))}",
+            *(f"homes         bank {one.bank_name}: {format_bytes(one.byte_count)}" for one in self.holdings),
             f"slots         {slot_count:>8} ({100 * slot_count / expert_count:.0f}% of the experts), "
             f"{format_bytes(self.slot_bytes)} on the device",
             f"layer buffer  {format_bytes(self.layer_buffer_bytes)} on the device",
@@ -75,29 +90,57 @@ class Account:
         ]
 
 
-def plan(config: OffloadConfig, layers: Sequence[LayerNeed], machine: Machine) -> Account:
+def sum_home_bytes(layers: Sequence[LayerNeed]) -> int:
+    """Bytes of all experts."""
+    return sum(layer.home_bytes for layer in layers)
+
+
+def wanted_device_bytes(config: OffloadConfig, layers: Sequence[LayerNeed]) -> int:
+    """What slots and layer buffer take at least: as the user asked, or the smallest that works where left to us."""
+    spec = config.slots
+    if spec.total_bytes is not None:
+        slot_bytes = spec.total_bytes
+    elif spec.is_auto:
+        slot_bytes = _slot_bytes(layers, [layer.topk for layer in layers])
+    else:
+        slot_bytes = _slot_bytes(
+            layers, [spec.count_for(layer.expert_count, layer.topk, config.slots_text) for layer in layers]
+        )
+    return slot_bytes + (_buffer_bytes(layers) if config.layer_buffer is not False else 0)
+
+
+def require_host_room(host_home_bytes: int, machine: Machine) -> None:
+    """Refuse homes that the host's DRAM cannot take.
+
+    Raises:
+        CapacityError: one sentence.
+    """
+    if host_home_bytes > machine.host_free_bytes:
+        raise CapacityError(
+            f"the experts' homes take {format_bytes(host_home_bytes)} of host memory and only "
+            f"{format_bytes(machine.host_free_bytes)} are free: free memory, add a bank elsewhere (CXL memory, or a "
+            "slab file made by moecxl pack), use a quantised checkpoint, or more tensor-parallel ranks on other "
+            "machines"
+        )
+
+
+def plan(config: OffloadConfig, layers: Sequence[LayerNeed], machine: Machine, holdings: Sequence[Holding]) -> Account:
     """Resolve `slots` and `layer_buffer` for these layers and check that everything fits.
+
+    Args:
+        holdings: what each bank will home.
 
     Raises:
         ConfigError: a slot count that these layers cannot have.
         CapacityError: the homes or the slots do not fit; the sentence says what would.
     """
-    home_bytes = sum(layer.home_bytes for layer in layers)
+    host_home_bytes = sum(holding.byte_count for holding in holdings if holding.on_host)
+    require_host_room(host_home_bytes, machine)
     buffer_bytes = _buffer_bytes(layers)
-    capacity_bytes = config.banks[0].capacity_bytes
-    if capacity_bytes is not None and home_bytes > capacity_bytes:
-        raise CapacityError(
-            f"--moe-offload-config: banks gives {format_bytes(capacity_bytes)} to bank {config.banks[0].kind} but the "
-            f"experts take {format_bytes(home_bytes)}: raise its size to at least {-(-home_bytes // MIB)}MiB"
-        )
-    if home_bytes > machine.host_free_bytes:
-        raise CapacityError(
-            f"the experts' homes take {format_bytes(home_bytes)} of host memory and only "
-            f"{format_bytes(machine.host_free_bytes)} are free: free memory, use a quantised checkpoint, or more "
-            "tensor-parallel ranks on other machines"
-        )
-    room_bytes = machine.device_free_bytes - (home_bytes if machine.shared else 0)
-    slot_counts = _slot_counts(config, layers, room_bytes, machine.shared)
+    room_bytes = machine.device_free_bytes - (host_home_bytes if machine.shared else 0)
+    # Where the device is the host, a slot costs the memory of a home: not worth more than half of it again.
+    auto_bytes_max = host_home_bytes // 2 if machine.shared and host_home_bytes else sum_home_bytes(layers)
+    slot_counts = _slot_counts(config, layers, room_bytes, auto_bytes_max)
     slot_bytes = _slot_bytes(layers, slot_counts)
     has_buffer = _wants_layer_buffer(config, layers, slot_counts, room_bytes - slot_bytes, buffer_bytes)
     layer_buffer_bytes = buffer_bytes if has_buffer else 0
@@ -108,16 +151,20 @@ def plan(config: OffloadConfig, layers: Sequence[LayerNeed], machine: Machine) -
             f"them: {_what_fits(layers, room_bytes - layer_buffer_bytes)}"
         )
     largest_layer_bytes = max(layer.home_bytes for layer in layers)
-    return Account(slot_counts, home_bytes, slot_bytes, layer_buffer_bytes, largest_layer_bytes, machine.kv_cache_bytes)
+    return Account(
+        slot_counts, tuple(holdings), slot_bytes, layer_buffer_bytes, largest_layer_bytes, machine.kv_cache_bytes
+    )
 
 
-def _slot_counts(config: OffloadConfig, layers: Sequence[LayerNeed], room_bytes: int, shared: bool) -> tuple[int, ...]:
+def _slot_counts(
+    config: OffloadConfig, layers: Sequence[LayerNeed], room_bytes: int, auto_bytes_max: int
+) -> tuple[int, ...]:
     spec = config.slots
     if spec.total_bytes is not None:
         counts = _counts_within(layers, spec.total_bytes)
         if any(count < layer.topk for count, layer in zip(counts, layers, strict=True)):
             # Every layer gets the same share, so the one whose token needs the largest share decides.
-            home_bytes = sum(layer.home_bytes for layer in layers)
+            home_bytes = sum_home_bytes(layers)
             least = max(-(-layer.topk * home_bytes // layer.expert_count) for layer in layers)
             raise ConfigError(
                 f"--moe-offload-config: slots={config.slots_text!r} is not possible: every layer needs slots for the "
@@ -126,13 +173,11 @@ def _slot_counts(config: OffloadConfig, layers: Sequence[LayerNeed], room_bytes:
         return counts
     if not spec.is_auto:
         return tuple(spec.count_for(layer.expert_count, layer.topk, config.slots_text) for layer in layers)
-    home_bytes = sum(layer.home_bytes for layer in layers)
-    if home_bytes <= room_bytes and not shared:
+    if sum_home_bytes(layers) <= min(room_bytes, auto_bytes_max):
         return tuple(layer.expert_count for layer in layers)
-    # The layer buffer comes first: without it a long prompt would be cut into very many passes. Where the device is
-    # the host, a slot costs the memory of a home, so "auto" does not spend more than half of it again.
+    # The layer buffer comes first: without it a long prompt would be cut into very many passes.
     budget = room_bytes - (_buffer_bytes(layers) if config.layer_buffer is not False else 0)
-    counts = _counts_within(layers, min(budget, home_bytes // 2) if shared else budget)
+    counts = _counts_within(layers, min(budget, auto_bytes_max))
     return tuple(max(count, layer.topk) for count, layer in zip(counts, layers, strict=True))
 
 
@@ -144,7 +189,7 @@ def _buffer_bytes(layers: Sequence[LayerNeed]) -> int:
 
 def _counts_within(layers: Sequence[LayerNeed], total_bytes: int) -> tuple[int, ...]:
     """The same share of every layer's experts, as large as `total_bytes` allows."""
-    share = min(max(total_bytes, 0) / sum(layer.home_bytes for layer in layers), 1.0)
+    share = min(max(total_bytes, 0) / sum_home_bytes(layers), 1.0)
     return tuple(int(share * layer.expert_count + 1e-9) for layer in layers)
 
 

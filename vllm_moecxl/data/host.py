@@ -7,16 +7,14 @@ import math
 import mmap
 import resource
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from vllm_moecxl.units import KIB, MIB
+from vllm_moecxl.linux.memory import Mapping
+from vllm_moecxl.units import KIB
 
 _MADV_DONTNEED = 4
-#: Mappings at least this large ask for huge pages: fewer TLB misses in long copies, rounding below 2 MiB.
-_HUGE_PAGE_BYTES = 2 * MIB
 _PROC = Path("/proc")
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -55,17 +53,16 @@ def locked_limit_bytes() -> int | None:
     return None if soft == resource.RLIM_INFINITY else soft
 
 
-def anonymous_tensor(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """A host tensor in a mapping of its own: exact size, zeros, and no memory taken until it is touched."""
+def as_tensor(mapping: Mapping, shape: Sequence[int], dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
+    """A tensor on part of a mapping, which it keeps alive."""
     element_count = math.prod(shape)
     assert element_count > 0
-    region = mmap.mmap(-1, element_count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if len(region) >= _HUGE_PAGE_BYTES:
-        # Advice only: a kernel built without huge pages refuses it.
-        with suppress(OSError):
-            region.madvise(mmap.MADV_HUGEPAGE)
-    # The tensor keeps the mapping alive through the buffer that it was made from.
-    return torch.frombuffer(region, dtype=dtype, count=element_count).view(*shape)
+    return torch.frombuffer(mapping.buffer, dtype=dtype, count=element_count, offset=offset).view(*shape)
+
+
+def anonymous_tensor(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A host tensor in a mapping of its own: exact size, zeros, and no memory taken until it is touched."""
+    return as_tensor(Mapping.anonymous(math.prod(shape) * dtype.itemsize), shape, dtype)
 
 
 def trim_heap() -> None:

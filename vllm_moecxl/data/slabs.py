@@ -1,87 +1,302 @@
-"""Slab layouts, homes and slots of one layer: every per-expert tensor, and the cells that its rows are copied to.
+"""Homes and slots of one layer: where its slabs lie, and the cells that they are copied to.
 
-A *slab* is one expert's row of each per-expert tensor. A *home* keeps, per tensor, the experts in order.
+A *slab* is one expert's row of each per-expert tensor. A *shard* is what one bank homes of a layer: whole slabs, or the
+same part of each of them where slabs are striped. Inside a shard every tensor has its experts in order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from blake3 import blake3
 
-from vllm_moecxl.data.banks import Bank
+from vllm_moecxl.config import Verify
+from vllm_moecxl.control.placement import Route
+from vllm_moecxl.control.striping import cut
+from vllm_moecxl.data.banks.base import Bank, RowCopy, Rows
+from vllm_moecxl.data.banks.file import FileBank
+from vllm_moecxl.data.banks.memory import MemoryBank, MemoryRows
 from vllm_moecxl.data.devices import DeviceBackend
+from vllm_moecxl.data.host import anonymous_tensor
+from vllm_moecxl.data.layout import SlabLayout, as_bytes
+from vllm_moecxl.data.links import Links
+from vllm_moecxl.data.slabfile import PackedLayer
+from vllm_moecxl.errors import IntegrityError
+from vllm_moecxl.units import KIB
+
+#: Stripes cut rows at pages, so that parts are as aligned as whole rows.
+STRIPE_GRANULE_BYTES = 4 * KIB
+
+#: Per extent, the [row bytes] uint8 tensor that one slab is read into.
+SlabTarget = Sequence[torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Extent:
-    """The part of a slab that comes from one tensor.
-
-    Attributes:
-        name: the tensor's name.
-        row_shape: shape of one expert's row.
-        dtype: its element type.
-    """
-
-    name: str
-    row_shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def row_bytes(self) -> int:
-        count = self.dtype.itemsize
-        for size in self.row_shape:
-            count *= size
-        return count
-
-
-@dataclass(frozen=True)
-class SlabLayout:
-    """The extents of a slab, in a fixed order; two layers with equal layouts can share a layer buffer."""
-
-    extents: tuple[Extent, ...]
-
-    @classmethod
-    def of(cls, tensors: Mapping[str, torch.Tensor]) -> SlabLayout:
-        """Layout of tensors that are [experts, ...] each."""
-        return cls(tuple(Extent(name, tuple(t.shape[1:]), t.dtype) for name, t in tensors.items()))
-
-    @property
-    def slab_bytes(self) -> int:
-        return sum(extent.row_bytes for extent in self.extents)
-
-
-@dataclass(frozen=True)
-class Home:
-    """All slabs of one layer in one bank.
+class Shard:
+    """What one bank homes of one layer.
 
     Attributes:
         bank: who owns the bytes.
-        tensors: per extent [experts, ...] host tensors, experts in order.
+        rows: per extent; None where a row is too short for this bank to have a part of it.
+        cuts: per extent, the [start, stop) bytes of each row that are here.
     """
 
     bank: Bank
-    tensors: tuple[torch.Tensor, ...]
+    rows: tuple[Rows | None, ...]
+    cuts: tuple[tuple[int, int], ...]
+
+
+class Home:
+    """All slabs of one layer.
+
+    Args:
+        layout: of a slab.
+        shards: what the banks have.
+        places: per expert, the (shard, row) pairs that its slab is made of.
+        links: read from several banks at once.
+        verify: when slabs are held against `digests`.
+        digests: [experts] BLAKE3 digests; None where nothing is to be verified.
+
+    Attributes:
+        tensors: per extent [experts, ...] host tensors with all experts in order, where one bank of addressable memory
+            has the whole layer; else None.
+        is_direct: whether copying rows of `tensors` is all that a fetch has to do.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        layout: SlabLayout,
+        shards: Sequence[Shard],
+        places: Sequence[Sequence[tuple[int, int]]],
+        links: Links,
+        verify: Verify,
+        digests: Sequence[bytes] | None,
+    ) -> None:
+        self.name = name
+        self.layout = layout
+        self.shards = tuple(shards)
+        self.tensors = _whole_tensors(shards, len(places))
+        self.is_direct = self.tensors is not None and shards[0].bank.reads_directly
+        self._places = places
+        self._links = links
+        self._digests = digests if verify != "off" else None
+        self._verifies_once = verify == "load"
+        self._verified: set[int] = set()
+        self._bytes_by_bank = [self._count_bytes(place) for place in places]
 
     @property
     def slab_bytes(self) -> int:
-        return sum(tensor[0].nbytes for tensor in self.tensors)
+        return self.layout.slab_bytes
 
-    @classmethod
-    def store(cls, bank: Bank, tensors: dict[str, torch.Tensor]) -> Home:
-        """Copy kernel-format tensors ([experts, ...], any device) into `bank`; empties `tensors`.
+    def bytes_by_bank(self, expert_ids: Sequence[int]) -> Counter[str]:
+        """Bytes that a fetch of these experts reads from each bank, by name."""
+        total: Counter[str] = Counter()
+        for expert_id in expert_ids:
+            total.update(self._bytes_by_bank[expert_id])
+        return total
+
+    def read(self, expert_ids: Sequence[int], targets: Sequence[SlabTarget]) -> None:
+        """Read slabs into host memory, from all banks that have a part of them at once.
 
         Raises:
-            CapacityError: the bank is full.
+            TransferError: a bank cannot be read.
+            IntegrityError: a slab is not what was stored.
         """
-        homes = []
-        for name in list(tensors):
-            source = tensors.pop(name)
-            target = bank.allocate(source.shape, source.dtype)
-            target.copy_(source)
-            homes.append(target)
-        return cls(bank, tuple(homes))
+        copies: dict[int, tuple[Bank, list[RowCopy]]] = {}
+        for expert_id, target in zip(expert_ids, targets, strict=True):
+            for shard_id, row_id in self._places[expert_id]:
+                shard = self.shards[shard_id]
+                _, of_bank = copies.setdefault(id(shard.bank), (shard.bank, []))
+                for rows, (start, stop), row in zip(shard.rows, shard.cuts, target, strict=True):
+                    if rows is not None:
+                        of_bank.append(RowCopy(rows, row_id, row[start:stop]))
+        self._links.read(list(copies.values()))
+        self._verify(expert_ids, targets)
+
+    def _verify(self, expert_ids: Sequence[int], targets: Sequence[SlabTarget]) -> None:
+        if self._digests is None:
+            return
+        for expert_id, target in zip(expert_ids, targets, strict=True):
+            if expert_id in self._verified:
+                continue
+            if digest_of(target) != self._digests[expert_id]:
+                banks = ", ".join(self._bytes_by_bank[expert_id])
+                raise IntegrityError(
+                    f"expert {expert_id} of {self.name} is not what was stored in bank {banks}: the memory or the disk "
+                    "is failing or the file was changed, pack or load the model again on a sound device"
+                )
+            if self._verifies_once:
+                self._verified.add(expert_id)
+
+    def _count_bytes(self, place: Sequence[tuple[int, int]]) -> Counter[str]:
+        counts: Counter[str] = Counter()
+        for shard_id, _ in place:
+            shard = self.shards[shard_id]
+            counts[shard.bank.name] += sum(stop - start for start, stop in shard.cuts)
+        return counts
+
+
+def digest_of(slab: SlabTarget) -> bytes:
+    """BLAKE3 over a slab's rows, its extents in order."""
+    digest = blake3()
+    for row in slab:
+        digest.update(row.numpy().data)
+    return digest.digest()
+
+
+def _whole_tensors(shards: Sequence[Shard], expert_count: int) -> tuple[torch.Tensor, ...] | None:
+    rows = shards[0].rows
+    if len(shards) > 1 or not all(isinstance(one, MemoryRows) and len(one.tensor) == expert_count for one in rows):
+        return None
+    return tuple(one.tensor for one in rows if isinstance(one, MemoryRows))
+
+
+class HomeBuilder:
+    """Makes the homes of a model's layers in its banks.
+
+    Args:
+        banks: in the order that routes refer to.
+        links: read from several banks at once.
+        verify: when slabs are held against their digests.
+    """
+
+    def __init__(self, banks: Sequence[Bank], links: Links, verify: Verify) -> None:
+        self._banks = banks
+        self._links = links
+        self._verify: Verify = verify
+
+    def store(self, name: str, tensors: dict[str, torch.Tensor], routes: Sequence[Route]) -> Home:
+        """Copy kernel-format tensors ([experts, ...], any device) home; empties `tensors`.
+
+        Args:
+            name: the layer's name.
+            routes: per expert, where its slab is to lie.
+
+        Raises:
+            CapacityError: a bank is full.
+        """
+        layout = SlabLayout.of(tensors)
+        plan = _Plan(self._banks, layout, routes)
+        digests = [blake3() for _ in routes] if self._verify == "fetch" else None
+        for extent_id, extent_name in enumerate(list(tensors)):
+            source = tensors.pop(extent_name)
+            for group in plan.groups:
+                group.store(extent_id, source)
+            if digests is not None:
+                for digest, row in zip(digests, as_bytes(source), strict=True):
+                    digest.update(row.cpu().numpy().data)
+        sums = None if digests is None else [digest.digest() for digest in digests]
+        return Home(name, layout, plan.shards, plan.places, self._links, self._verify, sums)
+
+    def adopt(self, packed: PackedLayer, bank: FileBank, routes: Sequence[Route]) -> Home:
+        """A home for a layer of a slab file: what is routed to the file stays there, the rest is read into its bank.
+
+        Raises:
+            CapacityError: a bank is full.
+            IntegrityError: a slab that was read is not what was packed.
+        """
+        plan = _Plan(self._banks, packed.layout, routes, bank.rows(packed))
+        everything = [(expert_id, expert_id) for expert_id in range(packed.expert_count)]
+        shard = Shard(bank, tuple(bank.rows(packed)), _whole(packed.layout))
+        digests = packed.digests if self._verify != "off" else None
+        source = Home(
+            packed.name, packed.layout, [shard], [[(0, row)] for _, row in everything], self._links, "fetch", digests
+        )
+        staging = [torch.empty(extent.row_bytes, dtype=torch.uint8) for extent in packed.layout.extents]
+        for group in plan.groups:
+            if group.is_filled:
+                continue
+            for index, expert_id in enumerate(group.expert_ids):
+                source.read([expert_id], [staging])
+                group.fill(index, staging)
+        return Home(packed.name, packed.layout, plan.shards, plan.places, self._links, self._verify, digests)
+
+
+def _whole(layout: SlabLayout) -> tuple[tuple[int, int], ...]:
+    return tuple((0, extent.row_bytes) for extent in layout.extents)
+
+
+class _Group:
+    """The experts of a layer that have one route: a shard in each bank of it."""
+
+    def __init__(self, expert_ids: list[int], shards: list[Shard], *, is_filled: bool) -> None:
+        self.expert_ids = expert_ids
+        self.shards = shards
+        self.is_filled = is_filled
+
+    def store(self, extent_id: int, source: torch.Tensor) -> None:
+        """Copy one tensor's rows of these experts from a [experts, ...] tensor on any device."""
+        source_rows = as_bytes(source)
+        for shard in self.shards:
+            rows, (start, stop) = shard.rows[extent_id], shard.cuts[extent_id]
+            if isinstance(rows, MemoryRows):
+                if len(self.expert_ids) == len(source):
+                    rows.as_bytes.copy_(source_rows[:, start:stop])
+                    continue
+                for index, expert_id in enumerate(self.expert_ids):
+                    rows.as_bytes[index].copy_(source_rows[expert_id, start:stop])
+
+    def fill(self, index: int, slab: SlabTarget) -> None:
+        """Copy one whole slab into place."""
+        for shard in self.shards:
+            for rows, (start, stop), row in zip(shard.rows, shard.cuts, slab, strict=True):
+                if isinstance(rows, MemoryRows):
+                    rows.as_bytes[index].copy_(row[start:stop])
+
+
+class _Plan:
+    """Shards for the routes of a layer, allocated."""
+
+    def __init__(
+        self, banks: Sequence[Bank], layout: SlabLayout, routes: Sequence[Route], packed: Sequence[Rows] | None = None
+    ) -> None:
+        self.shards: list[Shard] = []
+        self.groups: list[_Group] = []
+        places: dict[int, list[tuple[int, int]]] = {}
+        by_route: dict[Route, list[int]] = {}
+        for expert_id, route in enumerate(routes):
+            by_route.setdefault(route, []).append(expert_id)
+        for route, expert_ids in by_route.items():
+            bank = banks[route[0].bank_index]
+            if isinstance(bank, FileBank):
+                assert packed is not None and len(route) == 1, "a file has whole slabs, and was packed before"
+                bank.used_bytes += len(expert_ids) * layout.slab_bytes
+                group = _Group(expert_ids, [Shard(bank, tuple(packed), _whole(layout))], is_filled=True)
+                rows = expert_ids
+            else:
+                group = _Group(expert_ids, _allocate(banks, layout, route, len(expert_ids)), is_filled=False)
+                rows = list(range(len(expert_ids)))
+            shard_ids = range(len(self.shards), len(self.shards) + len(group.shards))
+            for expert_id, row_id in zip(expert_ids, rows, strict=True):
+                places[expert_id] = [(shard_id, row_id) for shard_id in shard_ids]
+            self.shards += group.shards
+            self.groups.append(group)
+        self.places = [places[expert_id] for expert_id in range(len(routes))]
+
+
+def _allocate(banks: Sequence[Bank], layout: SlabLayout, route: Route, count: int) -> list[Shard]:
+    """A shard in each bank of a route, with room for `count` slabs."""
+    weights = [part.share for part in route]
+    cuts = [cut(extent.row_bytes, weights, STRIPE_GRANULE_BYTES) for extent in layout.extents]
+    shards = []
+    for index, part in enumerate(route):
+        bank = banks[part.bank_index]
+        assert isinstance(bank, MemoryBank)
+        rows: list[Rows | None] = []
+        for extent, pieces in zip(layout.extents, cuts, strict=True):
+            start, stop = pieces[index]
+            if start == stop:
+                rows.append(None)
+            elif stop - start == extent.row_bytes:
+                rows.append(MemoryRows.of(bank.allocate((count, *extent.row_shape), extent.dtype)))
+            else:
+                rows.append(MemoryRows.of(bank.allocate((count, stop - start), torch.uint8)))
+        shards.append(Shard(bank, tuple(rows), tuple(pieces[index] for pieces in cuts)))
+    return shards
 
 
 class Cells:
@@ -96,12 +311,34 @@ class Cells:
         self.tensors = tuple(
             backend.allocate((cell_count, *extent.row_shape), extent.dtype) for extent in layout.extents
         )
+        self._as_bytes = tuple(map(as_bytes, self.tensors))
+        self._layout = layout
         self._backend = backend
+        self._staging: list[torch.Tensor] | None = None
 
     def fetch(self, home: Home, expert_ids: list[int], cell_ids: list[int]) -> None:
-        """Copy slabs from their home, expert by expert, every extent with it."""
-        self._backend.copy_rows(home.tensors, expert_ids, self.tensors, cell_ids)
+        """Copy slabs from their home, every extent with them.
+
+        Raises:
+            TransferError, IntegrityError: see `Home.read`; the cells hold nothing of use then.
+        """
+        if home.is_direct:
+            assert home.tensors is not None
+            self._backend.copy_rows(home.tensors, expert_ids, self.tensors, cell_ids)
+        elif self._backend.is_host:
+            home.read(expert_ids, [[rows[cell_id] for rows in self._as_bytes] for cell_id in cell_ids])
+        else:
+            for expert_id, cell_id in zip(expert_ids, cell_ids, strict=True):
+                staging = self._staged()
+                home.read([expert_id], [[rows[0] for rows in staging]])
+                self._backend.copy_rows(staging, [0], self._as_bytes, [cell_id])
 
     def take(self, cells: Cells, from_ids: list[int], cell_ids: list[int]) -> None:
         """Copy slabs from other cells of the same layout."""
         self._backend.copy_rows(cells.tensors, from_ids, self.tensors, cell_ids)
+
+    def _staged(self) -> list[torch.Tensor]:
+        """Host memory for one slab, [1, row bytes] uint8 per extent, on its way to a device that reads no bank."""
+        if self._staging is None:
+            self._staging = [anonymous_tensor((1, extent.row_bytes), torch.uint8) for extent in self._layout.extents]
+        return self._staging

@@ -18,7 +18,9 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from vllm_moecxl.errors import UnsupportedModelError
 from vllm_moecxl.integration.buffered import BufferedParameters
 from vllm_moecxl.integration.loading import load_to_homes
+from vllm_moecxl.integration.packed import load_from_file
 from vllm_moecxl.runtime.dispatch import Dispatch
+from vllm_moecxl.runtime.packing import Packer
 from vllm_moecxl.runtime.runtime import OffloadRuntime
 
 
@@ -26,7 +28,7 @@ from vllm_moecxl.runtime.runtime import OffloadRuntime
 class ModelUnderConstruction:
     """What the MoE layers of one model have in common while it is built and loaded."""
 
-    runtime: OffloadRuntime
+    runtime: OffloadRuntime | Packer
     buffered: list[BufferedParameters] = field(default_factory=list)
 
 
@@ -35,7 +37,7 @@ _BUILDING: ContextVar[ModelUnderConstruction | None] = ContextVar("moe_offload_m
 
 
 @contextmanager
-def building(runtime: OffloadRuntime) -> Iterator[ModelUnderConstruction]:
+def building(runtime: OffloadRuntime | Packer) -> Iterator[ModelUnderConstruction]:
     """Give every MoE layer that is constructed inside to `runtime`."""
     model = ModelUnderConstruction(runtime)
     token = _BUILDING.set(model)
@@ -48,7 +50,7 @@ def building(runtime: OffloadRuntime) -> Iterator[ModelUnderConstruction]:
 class SlotExperts(RoutedExperts):
     """Routed experts that run from slots, if a runtime was there when they were built; otherwise vLLM's own."""
 
-    moe_offload_runtime: OffloadRuntime | None = None
+    moe_offload_runtime: OffloadRuntime | Packer | None = None
     moe_offload_dispatch: Dispatch | None = None
 
     def _get_quant_method(self, prefix: str, quant_config: Any, moe_config: Any) -> FusedMoEMethodBase:
@@ -64,13 +66,14 @@ class SlotExperts(RoutedExperts):
         method = super()._get_quant_method(prefix, quant_config, moe_config)
         # Past nn.Module's own attribute handling: neither is a parameter, and the runtime is not copied with the layer.
         object.__setattr__(self, "moe_offload_runtime", model.runtime)
-        load_to_homes(
-            method,
-            self,
-            model.runtime,
-            register=model.buffered.append,
-            adopt=lambda dispatch: object.__setattr__(self, "moe_offload_dispatch", dispatch),
-        )
+
+        def adopt(dispatch: Dispatch) -> None:
+            object.__setattr__(self, "moe_offload_dispatch", dispatch)
+
+        if isinstance(model.runtime, OffloadRuntime) and model.runtime.slab_file is not None:
+            load_from_file(method, self, model.runtime, adopt)
+        else:
+            load_to_homes(method, self, model.runtime, model.buffered.append, adopt)
         return method
 
     def forward_modular(

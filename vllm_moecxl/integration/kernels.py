@@ -26,3 +26,12 @@ def exact_pass_kind(kernel_name: str) -> PassKind:
     nor experts may be taken apart without a change in the last bit.
     """
     return PassKind.TOKEN if kernel_name in _TOKEN_EXACT else PassKind.LAYER_BUFFER
+
+
+#: Kernels that vLLM builds alike for any number of experts, one by one: shown by the tests of packing.
+_BUILT_BY_EXPERT = _TOKEN_EXACT | {"CPUExpertsFp8", "CPUExpertsMxfp4"}
+
+
+def is_built_from_one_expert(kernel_name: str) -> bool:
+    """Whether a stand-in of one expert gives this kernel the same rows as all of them would."""
+    return kernel_name in _BUILT_BY_EXPERT

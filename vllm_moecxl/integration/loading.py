@@ -1,4 +1,4 @@
-"""Load experts one layer at a time and take them home, with vLLM's own loaders and post-processing.
+"""Load experts layer by layer and take them home (or into a slab file), with vLLM's own loaders and post-processing.
 
 vLLM's layerwise processing (made for online quantisation) does the work: parameters are created on the meta device,
 loaders are buffered until a layer is complete, then that one layer is materialised on the device, loaded, converted to
@@ -14,26 +14,22 @@ from typing import Any
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
-from vllm.model_executor.layers.fused_moe.moe_output import UnfinalizedMoEOutput
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-from vllm_moecxl.control.account import LayerNeed
 from vllm_moecxl.data.host import FileMappings, trim_heap
-from vllm_moecxl.data.slabs import Cells, Home
-from vllm_moecxl.errors import UnsupportedModelError
 from vllm_moecxl.integration.buffered import BufferedParameters
+from vllm_moecxl.integration.described import describe_layer, need_of
 from vllm_moecxl.integration.initial_values import InitialValues
-from vllm_moecxl.integration.kernels import exact_pass_kind
-from vllm_moecxl.integration.scan import per_expert_tensors
 from vllm_moecxl.runtime.dispatch import Dispatch
-from vllm_moecxl.runtime.runtime import LoadedLayer, OffloadRuntime
+from vllm_moecxl.runtime.packing import Packer
+from vllm_moecxl.runtime.runtime import OffloadRuntime
 
 
 def load_to_homes(
     method: FusedMoEMethodBase,
     layer: RoutedExperts,
-    runtime: OffloadRuntime,
+    runtime: OffloadRuntime | Packer,
     register: Callable[[BufferedParameters], None],
     adopt: Callable[[Dispatch], None],
 ) -> None:
@@ -60,7 +56,7 @@ def load_to_homes(
         names = [name for name, p in layer._parameters.items() if p is not None and name not in before]
         buffered.append(BufferedParameters(layer, names, initial, is_dummy=is_dummy))
         register(buffered[0])
-        runtime.declare(_need(layer))
+        runtime.declare(need_of(layer))
 
     @wraps(process_weights)
     def process_and_take_home(_: torch.nn.Module) -> None:
@@ -70,7 +66,8 @@ def load_to_homes(
         buffered[0].close()
         _give_back_sources(layer)
         process_weights(layer)
-        adopt(runtime.install(_loaded_layer(layer, method)))
+        if (dispatch := runtime.install(describe_layer(layer, method))) is not None:
+            adopt(dispatch)
         trim_heap()
         is_home = True
 
@@ -79,62 +76,6 @@ def load_to_homes(
     method.uses_meta_device = True
     # Without this, vLLM would move our cells to the device and back around the processing step.
     method.requires_device_loading = False
-
-
-def _need(layer: RoutedExperts) -> LayerNeed:
-    expert_count = layer.local_num_experts
-    layer_bytes = sum(p.nbytes for p in layer.parameters() if p.dim() > 0 and p.shape[0] == expert_count and p.is_meta)
-    return LayerNeed(layer.layer_name, expert_count, layer.top_k, layer_bytes // expert_count)
-
-
-def _loaded_layer(layer: RoutedExperts, method: FusedMoEMethodBase) -> LoadedLayer:
-    """Describe a processed layer to the runtime.
-
-    Raises:
-        UnsupportedModelError: the kernel or a tensor of it cannot work from slots.
-    """
-    if method.moe_kernel is None or method.is_monolithic:
-        raise UnsupportedModelError(
-            f"--moe-offload: {type(method).__name__} of {layer.layer_name} has no kernel that takes routed tokens "
-            "(it routes by itself), so its experts cannot be served from slots: use --moe-backend triton or another"
-        )
-    kernel_name = type(method.moe_kernel.fused_experts).__name__
-    groups = per_expert_tensors(layer, layer.local_num_experts)
-
-    def run_kernel(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
-        output = method.apply(
-            layer=layer,
-            x=x,
-            topk_weights=topk_weights,
-            topk_ids=topk_ids,
-            shared_experts=None,
-            shared_experts_input=None,
-        )
-        if isinstance(output, UnfinalizedMoEOutput):
-            raise UnsupportedModelError(
-                f"--moe-offload: {kernel_name} leaves the sum over experts to a later kernel, which cannot be done "
-                "from slots: use another --moe-backend"
-            )
-        return output
-
-    targets = tuple(groups.values())
-
-    def bind(rows: Cells | Home) -> None:
-        for objects, tensor in zip(targets, rows.tensors, strict=True):
-            for target in objects:
-                target.data = tensor
-
-    return LoadedLayer(
-        name=layer.layer_name,
-        topk=layer.top_k,
-        tensors={name: objects[0].data for name, objects in groups.items()},
-        kernel=run_kernel,
-        bind=bind,
-        kernel_name=kernel_name,
-        pass_kind=exact_pass_kind(kernel_name),
-        hidden_size=layer.hidden_size,
-        dtype=layer.moe_config.in_dtype,
-    )
 
 
 def _give_back_sources(layer: RoutedExperts) -> None:

@@ -6,15 +6,17 @@ A layer is served from slots only if each of its tensors is understood: one row 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
-from vllm_moecxl.errors import UnsupportedModelError
+from vllm_moecxl.errors import IntegrityError, UnsupportedModelError
 
-#: Parameters that live on the layer but belong to the router, or are one value for all experts.
-_NOT_PER_EXPERT = frozenset({"e_score_correction_bias", "hash_indices_table", "w13_input_scale", "w2_input_scale"})
+#: Parameters that live on the layer but belong to the router.
+_ROUTERS = frozenset({"e_score_correction_bias", "hash_indices_table"})
+#: These, or one value for all experts.
+_NOT_PER_EXPERT = _ROUTERS | {"w13_input_scale", "w2_input_scale"}
 
 
 def per_expert_tensors(layer: RoutedExperts, expert_count: int) -> dict[str, list[torch.Tensor]]:
@@ -60,6 +62,54 @@ def per_expert_tensors(layer: RoutedExperts, expert_count: int) -> dict[str, lis
     if not groups:
         raise UnsupportedModelError(f"--moe-offload: layer {layer.layer_name} has no per-expert weights to offload")
     return groups
+
+
+def named_tensors(layer: RoutedExperts) -> dict[str, torch.Tensor]:
+    """Every tensor of the layer and of its kernel that is not the router's, each object once, by the name that
+    `per_expert_tensors` gives it."""
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in [*layer.named_parameters(remove_duplicate=True), *_kernel_tensors(layer)]:
+        if name not in _ROUTERS and not any(tensor is known for known in found.values()):
+            found[name] = tensor
+    return found
+
+
+def shared_tensors(layer: RoutedExperts, groups: Mapping[str, Sequence[torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """By name, what the kernel keeps beside the rows of experts: values that all experts share."""
+    rows = [tensor for group in groups.values() for tensor in group]
+    return {
+        name: solid(tensor)
+        for name, tensor in named_tensors(layer).items()
+        if tensor.numel() and not any(tensor is row for row in rows)
+    }
+
+
+def tensors_by_name(layer: RoutedExperts, names: Sequence[str]) -> dict[str, list[torch.Tensor]]:
+    """What `per_expert_tensors` finds, for a kernel whose tensors' names are known and whose rows are stand-ins.
+
+    Raises:
+        IntegrityError: the kernel has no tensor of such a name.
+    """
+    found = named_tensors(layer)
+    if missing := [name for name in names if name not in found]:
+        raise IntegrityError(
+            f"--moe-offload-config: the slab file has {', '.join(missing)} for {layer.layer_name}, which this engine "
+            "has not: run moecxl pack again with the engine's own options"
+        )
+    groups = {name: [found[name]] for name in names}
+    for tensor in found.values():
+        for group in groups.values():
+            if tensor is not group[0] and _same_view(group[0], tensor):
+                group.append(tensor)
+    return groups
+
+
+def solid(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a broadcast tensor that has memory of its own."""
+    for dim, stride in enumerate(tensor.stride()):
+        if stride == 0 and tensor.shape[dim] > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor.detach()
 
 
 def _kernel_tensors(layer: RoutedExperts) -> Iterator[tuple[str, torch.Tensor]]:

@@ -5,26 +5,35 @@ It comes in as vLLM's worker extension class, so nothing of this costs an engine
 
 from __future__ import annotations
 
+import atexit
+import sys
 import weakref
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 from vllm.distributed.parallel_state import get_world_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.model_loader.utils import get_model_architecture
 
 from vllm_moecxl.config import OffloadConfig
+from vllm_moecxl.data.banks.make import make_banks, slab_file_path
 from vllm_moecxl.data.devices import make_backend
+from vllm_moecxl.data.profiles import load_profiles, machine_identity
 from vllm_moecxl.errors import UnsupportedModelError
 from vllm_moecxl.integration import patches
 from vllm_moecxl.integration.buffered import catching_direct_writes
 from vllm_moecxl.integration.device_budget import reserve_bytes
 from vllm_moecxl.integration.experts import ModelUnderConstruction, SlotExperts, building, register_layers
+from vllm_moecxl.integration.fingerprint import fingerprint
 from vllm_moecxl.integration.metrics import counters_path
 from vllm_moecxl.integration.settings import active_config
+from vllm_moecxl.linux.topology import read_topology
+from vllm_moecxl.runtime.packing import Packer
 from vllm_moecxl.runtime.runtime import OffloadRuntime
 
 # Only loggers below "vllm" have a handler.
@@ -39,10 +48,15 @@ class MoeOffloadWorker:
     def moe_offload_stats(self) -> list[tuple[str, dict[str, str], float]]:
         """This worker's counters: (metric, labels, value); none where it has no experts."""
         model = self.model_runner.model  # type: ignore[attr-defined]
-        runtime: OffloadRuntime | None = getattr(model, _RUNTIME_ATTRIBUTE, None)
-        if runtime is None:
+        runtime: OffloadRuntime | Packer | None = getattr(model, _RUNTIME_ATTRIBUTE, None)
+        if not isinstance(runtime, OffloadRuntime):
             return []
         return [(row.metric.full_name, row.labels, row.value) for row in runtime.counters.rows()]
+
+    def moe_offload_finish_packing(self) -> tuple[str, int]:
+        """Complete this worker's slab file; its path and size in bytes."""
+        packer: Packer = getattr(self.model_runner.model, _RUNTIME_ATTRIBUTE)  # type: ignore[attr-defined]
+        return str(packer.path), packer.finish()
 
 
 def _build(create: Callable[[], Any], vllm_config: Any, model_config: Any) -> Any:
@@ -53,15 +67,17 @@ def _build(create: Callable[[], Any], vllm_config: Any, model_config: Any) -> An
     # Importing the model's module is what makes its own subclasses of RoutedExperts known.
     get_model_architecture(model_config)
     register_layers()
-    runtime = _make_runtime(config, vllm_config)
+    runtime = _make_packer(config.pack_to, vllm_config) if config.pack_to else _make_runtime(config, vllm_config)
     with building(runtime) as under_construction:
         model = create()
     # A pipeline stage, or a draft model, may well have no experts.
     is_whole = model_config is vllm_config.model_config and vllm_config.parallel_config.pipeline_parallel_size == 1
     _require_offloaded(model, runtime, has_experts=is_whole)
     if runtime.layer_count:
-        kv_cache_bytes = vllm_config.cache_config.kv_cache_memory_bytes
-        runtime.plan(kv_cache_bytes, reserve_bytes(vllm_config))
+        if isinstance(runtime, Packer):
+            runtime.begin()
+        else:
+            runtime.plan(vllm_config.cache_config.kv_cache_memory_bytes, reserve_bytes(vllm_config))
         object.__setattr__(model, _RUNTIME_ATTRIBUTE, runtime)
         _catch_direct_writes(model, under_construction)
     return model
@@ -79,18 +95,46 @@ def _catch_direct_writes(model: torch.nn.Module, under_construction: ModelUnderC
     object.__setattr__(model, "load_weights", load)
 
 
-def _make_runtime(config: OffloadConfig, vllm_config: Any) -> OffloadRuntime:
+def _device(vllm_config: Any) -> torch.device:
     device = torch.device(vllm_config.device_config.device_type)
-    if device.type != "cpu":
-        device = torch.device(device.type, torch.accelerator.current_device_index())
-    path = counters_path(get_world_group().rank)
-    runtime = OffloadRuntime(config, make_backend(device), device, logger, path)
+    return device if device.type == "cpu" else torch.device(device.type, torch.accelerator.current_device_index())
+
+
+def _make_runtime(config: OffloadConfig, vllm_config: Any) -> OffloadRuntime:
+    device, world = _device(vllm_config), get_world_group()
+    banks = make_banks(
+        config.banks,
+        load_profiles(machine_identity(read_topology())),
+        ranks=(world.rank_in_group, world.world_size),
+    )
+    path = counters_path(world.rank)
+    runtime = OffloadRuntime(config, make_backend(device), device, logger, banks, path)
     # An engine that is gone must not be counted among those of a later one in the same process.
     weakref.finalize(runtime, path.unlink, missing_ok=True)
+    if runtime.slab_file is not None:
+        runtime.slab_file.slabs.require_fingerprint(fingerprint(vllm_config))
     return runtime
 
 
-def _require_offloaded(model: torch.nn.Module, runtime: OffloadRuntime, *, has_experts: bool) -> None:
+def _make_packer(pack_to: str, vllm_config: Any) -> Packer:
+    rank, rank_count = get_world_group().rank_in_group, get_world_group().world_size
+    path = slab_file_path(Path(pack_to), rank, rank_count)
+    bar = tqdm(desc=f"Packing {path.name}", unit="B", unit_scale=True, disable=rank > 0, file=sys.stderr)
+
+    def progress(done: int, total: int, layer_bytes: int) -> None:
+        bar.total = bar.n + layer_bytes * (total - done + 1)
+        bar.update(layer_bytes)
+        bar.set_postfix_str(f"layer {done}/{total}")
+        if done == total:
+            bar.close()
+
+    packer = Packer(path, fingerprint(vllm_config), _device(vllm_config), logger, progress)
+    weakref.finalize(packer, bar.close)
+    atexit.register(packer.abandon)
+    return packer
+
+
+def _require_offloaded(model: torch.nn.Module, runtime: OffloadRuntime | Packer, *, has_experts: bool) -> None:
     """Loud: asked for, so active, or the engine does not start."""
     for name, module in model.named_modules():
         if isinstance(module, RoutedExperts) and not isinstance(module, SlotExperts):

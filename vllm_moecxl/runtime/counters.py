@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import mmap
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
@@ -19,21 +20,39 @@ from vllm_moecxl.types import Lookup, PassKind, SlotState
 
 _WORD_BYTES = 8
 
+#: What the bytes of a bank are counted by.
+BANK_BYTES_KINDS = ("capacity", "used", "astray")
+
 
 class Metric(Enum):
-    """Our metrics: name without the prefix, help text, whether it only grows, and what one count stands for."""
+    """Our metrics: name without the prefix, help text, whether it only grows, what one count stands for, and how the
+    values of several ranks become one."""
 
     LOOKUPS = ("lookups_total", "Experts looked up, once per layer and forward.", True, 1.0)
     FETCH_BYTES = ("fetch_bytes_total", "Bytes copied from a bank into slots or the layer buffer.", True, 1.0)
     STALL_SECONDS = ("stall_seconds_total", "Seconds that forwards waited for fetches.", True, 1e-9)
     PASSES = ("passes_total", "Kernel calls, by the kind of pass.", True, 1.0)
     SLOTS = ("slots", "Slots in each state.", False, 1.0)
+    BANK_UP = ("bank_up", "Whether a bank keeps its promises: readable, and all bytes where asked.", False, 1.0, min)
+    BANK_BYTES = ("bank_bytes", "Bytes of a bank: capacity, used, and astray (not where they were asked).", False, 1.0)
+    BANK_BANDWIDTH = (
+        *("bank_bandwidth_bytes_per_second", "Read bandwidth that placement counts on.", False, 1.0),
+        max,
+    )
 
-    def __init__(self, suffix: str, documentation: str, is_counter: bool, scale: float) -> None:
+    def __init__(
+        self,
+        suffix: str,
+        documentation: str,
+        is_counter: bool,
+        scale: float,
+        merge: Callable[[float, float], float] = operator.add,
+    ) -> None:
         self.full_name = f"vllm:moe_offload_{suffix}"
         self.documentation = documentation
         self.is_counter = is_counter
         self.scale = scale
+        self.merge = merge
 
 
 class Row(NamedTuple):
@@ -64,6 +83,13 @@ class Counters:
         self.passes = {kind: self._add(Metric.PASSES, kind=kind.value) for kind in PassKind}
         self.single_pass = self.passes[PassKind.SINGLE]
         self.slots = {state: self._add(Metric.SLOTS, state=state.name.lower()) for state in SlotState}
+        self.bank_up = {name: self._add(Metric.BANK_UP, bank=name) for name in bank_names}
+        self.bank_bytes = {
+            (name, kind): self._add(Metric.BANK_BYTES, bank=name, kind=kind)
+            for name in bank_names
+            for kind in BANK_BYTES_KINDS
+        }
+        self.bank_bandwidth = {name: self._add(Metric.BANK_BANDWIDTH, bank=name) for name in bank_names}
         self.values = np.zeros(len(self._rows), dtype=np.int64) if path is None else self._map(path)
 
     def rows(self) -> list[Row]:
@@ -100,12 +126,12 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def sum_rows(groups: Iterator[list[Row]]) -> list[Row]:
-    """Add up the rows of several workers that agree in metric and labels."""
+    """Put together the rows of several workers that agree in metric and labels."""
     totals: dict[tuple[Metric, tuple[tuple[str, str], ...]], float] = {}
     for rows in groups:
         for metric, labels, value in rows:
             key = (metric, tuple(labels.items()))
-            totals[key] = totals.get(key, 0.0) + value
+            totals[key] = metric.merge(totals[key], value) if key in totals else value
     return [Row(metric, dict(labels), value) for (metric, labels), value in totals.items()]
 
 

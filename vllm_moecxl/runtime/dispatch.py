@@ -16,13 +16,16 @@ from vllm_moecxl.control.passes import Pass, expert_passes, needed_later, token_
 from vllm_moecxl.control.residency import Lease, Residency
 from vllm_moecxl.data.devices import DeviceBackend
 from vllm_moecxl.data.slabs import Cells, Home
+from vllm_moecxl.errors import IntegrityError, TransferError
 from vllm_moecxl.runtime.counters import Counters
 from vllm_moecxl.types import Lookup, PassKind, SlotState
 
 #: Runs vLLM's kernel: (x, topk_weights, row ids into the bound cells) -> output.
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+#: Per extent, [rows, ...] tensors.
+Tensors = Sequence[torch.Tensor]
 #: Makes the kernel read its weights from these rows.
-Bind = Callable[[Cells | Home], None]
+Bind = Callable[[Tensors], None]
 
 
 class Dispatch:
@@ -62,10 +65,9 @@ class Dispatch:
         self._counters = counters
         self._kernel = kernel
         self._bind = bind
-        self._slab_bytes = home.slab_bytes
         self._counted_slots = dict.fromkeys(SlotState, 0)
         self._count_slots()
-        bind(slots)
+        bind(slots.tensors)
 
     def __call__(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
         """Compute the layer.
@@ -97,22 +99,28 @@ class Dispatch:
             self.residency.release(lease)
 
     def rehearse(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
-        """Compute a forward that no request asked for (memory profile, warm-up): as right as any.
+        """Compute a forward that no request asked for (memory profile, warm-up); nobody looks at the result.
 
-        It reads the home where the kernel can, else the layer buffer, and then touches neither slots nor counters.
+        It is right where the kernel can read the home itself. Elsewhere the kernel runs on what the cells happen to
+        hold: to fetch every expert once would make a start wait for the whole bank. Slots and counters stay as they
+        are.
         """
         host_ids = self._backend.route_ids(topk_ids)
         if not host_ids.numel():
             return torch.empty_like(x)
-        routes = np.unique(host_ids.numpy().view(np.uint32))
-        self.residency.require_known(routes)
-        if self._backend.is_host:
-            return self._run_rows(self.home, x, topk_weights, host_ids)
-        if self.layer_buffer is None:
-            return self(x, topk_weights, topk_ids)
-        expert_ids = routes.tolist()
-        self.layer_buffer.fetch(self.home, expert_ids, expert_ids)
-        return self._run_rows(self.layer_buffer, x, topk_weights, host_ids)
+        self.residency.require_known(np.unique(host_ids.numpy().view(np.uint32)))
+        if self._backend.is_host and self.home.tensors is not None:
+            return self._run_rows(self.home.tensors, x, topk_weights, host_ids)
+        if self.layer_buffer is not None:
+            return self._run_rows(self.layer_buffer.tensors, x, topk_weights, host_ids)
+        return self._kernel(x, topk_weights, self._backend.to_device(host_ids % self.slots.cell_count))
+
+    def preload(self, expert_ids: Sequence[int]) -> None:
+        """Fetch experts that are likely to be needed first, as many as there are slots."""
+        self._make_resident(
+            Pass(np.array(expert_ids[: self.slots.cell_count], dtype=np.int64), None),
+            np.zeros(self.residency.expert_count, dtype=np.bool_),
+        )
 
     def _slot_tensor(self, lease: Lease) -> torch.Tensor:
         return self._backend.to_device(torch.from_numpy(lease.slot_ids))
@@ -200,17 +208,17 @@ class Dispatch:
         buffer.take(self.slots, [self.residency.resident_slot(expert_id) for expert_id in cached], cached)
         self._fetch(buffer, absent, absent)
         self._counters.values[self._counters.passes[PassKind.LAYER_BUFFER]] += 1
-        return self._run_rows(buffer, x, topk_weights, host_ids)
+        return self._run_rows(buffer.tensors, x, topk_weights, host_ids)
 
     def _run_rows(
-        self, rows: Cells | Home, x: torch.Tensor, topk_weights: torch.Tensor, host_ids: torch.Tensor
+        self, rows: Tensors, x: torch.Tensor, topk_weights: torch.Tensor, host_ids: torch.Tensor
     ) -> torch.Tensor:
         """One kernel call on tensors that have a row for every expert, by its id."""
         self._bind(rows)
         try:
             return self._kernel(x, topk_weights, self._backend.to_device(host_ids))
         finally:
-            self._bind(self.slots)
+            self._bind(self.slots.tensors)
 
     def _run_resident(self, x: torch.Tensor, topk_weights: torch.Tensor, host_ids: torch.Tensor) -> torch.Tensor:
         """One kernel call whose experts are all in slots."""
@@ -250,10 +258,16 @@ class Dispatch:
 
     def _fetch(self, cells: Cells, expert_ids: list[int], cell_ids: list[int]) -> None:
         started_ns = time.perf_counter_ns()
-        cells.fetch(self.home, expert_ids, cell_ids)
+        try:
+            cells.fetch(self.home, expert_ids, cell_ids)
+        except (TransferError, IntegrityError):
+            for bank_name in self.home.bytes_by_bank(expert_ids):
+                self._counters.values[self._counters.bank_up[bank_name]] = 0
+            raise
         values = self._counters.values
         values[self._counters.stall_ns] += time.perf_counter_ns() - started_ns
-        values[self._counters.fetch_bytes[self.home.bank.name]] += len(expert_ids) * self._slab_bytes
+        for bank_name, byte_count in self.home.bytes_by_bank(expert_ids).items():
+            values[self._counters.fetch_bytes[bank_name]] += byte_count
 
     def _count_slots(self) -> None:
         """Move the gauge of slot states by what changed in this layer."""

@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from vllm_moecxl.config import OffloadConfig
-from vllm_moecxl.control.account import Account, LayerNeed, Machine, plan
+from vllm_moecxl.control.account import (
+    Account,
+    Holding,
+    LayerNeed,
+    Machine,
+    plan,
+    require_host_room,
+    sum_home_bytes,
+    wanted_device_bytes,
+)
 from vllm_moecxl.control.eviction import POLICIES
+from vllm_moecxl.control.frequency import ActivationFrequency
+from vllm_moecxl.control.placement import BankView, Placement, place
 from vllm_moecxl.control.residency import Residency
-from vllm_moecxl.data.banks import make_bank
+from vllm_moecxl.data.banks.base import Bank
+from vllm_moecxl.data.banks.file import FileBank
+from vllm_moecxl.data.banks.memory import MemoryBank
 from vllm_moecxl.data.devices import DeviceBackend
 from vllm_moecxl.data.host import available_bytes
-from vllm_moecxl.data.slabs import Cells, Home, SlabLayout
+from vllm_moecxl.data.layout import SlabLayout
+from vllm_moecxl.data.links import Links
+from vllm_moecxl.data.slabfile import PackedLayer
+from vllm_moecxl.data.slabs import STRIPE_GRANULE_BYTES, Cells, Home, HomeBuilder
 from vllm_moecxl.errors import CapacityError, ConfigError, IntegrityError
-from vllm_moecxl.runtime.counters import Counters
+from vllm_moecxl.runtime.counters import BANK_BYTES_KINDS, Counters
 from vllm_moecxl.runtime.dispatch import Bind, Dispatch, Kernel
 from vllm_moecxl.runtime.selfcheck import SelfCheck
 from vllm_moecxl.types import PassKind
@@ -26,6 +44,10 @@ from vllm_moecxl.units import MIB, format_bytes
 
 #: Host memory that the plan leaves to the rest of the process: activations, allocator slack, the tokenizer.
 _HOST_RESERVE_BYTES = 512 * MIB
+#: What kernel formats and page rounding may add to the checkpoint's bytes of a slab.
+_SLAB_GROWTH = 1.02
+#: A stripe is cut at pages: a part may exceed its share by two of them for each tensor of a slab.
+_PART_SLACK_BYTES = 16 * STRIPE_GRANULE_BYTES
 #: Progress lines of one load.
 _PROGRESS_LINE_COUNT = 10
 
@@ -36,17 +58,22 @@ class LoadedLayer:
 
     Attributes:
         name: the layer's name.
+        expert_count: its experts.
         topk: experts of one token.
         tensors: by name, every per-expert tensor, [experts, ...] on the device; emptied when they have been taken home.
+            Stand-ins, which nobody reads, where `packed` has the real ones.
         kernel: runs vLLM's kernel on whatever is bound; all experts, to begin with.
         bind: makes the kernel read from cells whose tensors come in the order of `tensors`.
         kernel_name: the kernel's class.
         pass_kind: how its wide forwards may be cut and keep their bits; LAYER_BUFFER for "not at all".
         hidden_size: width of its input.
         dtype: type of its input.
+        packed: the layer in a slab file, if it is served from one.
+        shared: by name, what the kernel keeps beside the rows of experts.
     """
 
     name: str
+    expert_count: int
     topk: int
     tensors: dict[str, torch.Tensor]
     kernel: Kernel
@@ -55,10 +82,15 @@ class LoadedLayer:
     pass_kind: PassKind
     hidden_size: int
     dtype: torch.dtype
+    packed: PackedLayer | None = None
+    shared: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    @property
-    def expert_count(self) -> int:
-        return next(iter(self.tensors.values())).shape[0]
+    def check(self, device: torch.device) -> SelfCheck:
+        """What the resident layer makes of the self-check's batches: by running it, or as it was packed."""
+        shape = (self.expert_count, self.topk, self.hidden_size, self.dtype, device)
+        if self.packed is None:
+            return SelfCheck.prepare(self.kernel, *shape)
+        return SelfCheck.recall(self.packed.check, *shape)
 
 
 class OffloadRuntime:
@@ -70,6 +102,7 @@ class OffloadRuntime:
         device: where the kernels take their inputs.
         logger: gets the account, the progress and what was achieved.
         counters_path: file to share the counters through; None keeps them in this process.
+        banks: homes in order of preference.
     """
 
     def __init__(
@@ -78,26 +111,37 @@ class OffloadRuntime:
         backend: DeviceBackend,
         device: torch.device,
         logger: logging.Logger,
+        banks: Sequence[Bank],
         counters_path: Path | None = None,
     ) -> None:
-        assert config.mode != "off"
+        assert config.mode != "off" and banks
         self.config = config
-        self.bank = make_bank(config.banks[0])
-        self.counters = Counters([self.bank.name], counters_path)
+        self.banks = tuple(banks)
+        self.counters = Counters([bank.name for bank in banks], counters_path)
         self.account: Account | None = None
         self.dispatches: dict[str, Dispatch] = {}
         self._backend = backend
         self._device = device
         self._log = logger
         self._needs: dict[str, LayerNeed] = {}
+        self._placement: Placement | None = None
         self._layer_buffers: dict[tuple[SlabLayout, int], Cells] = {}
         #: By kernel class, the pass kind that the self-check has confirmed.
         self._confirmed: dict[str, PassKind] = {}
+        self._homes = HomeBuilder(banks, Links(len(banks)), config.verify)
+        for bank in banks:
+            if isinstance(bank, MemoryBank):
+                bank.reads_safely = config.verify == "fetch"
 
     @property
     def layer_count(self) -> int:
         """MoE layers that were declared."""
         return len(self._needs)
+
+    @property
+    def slab_file(self) -> FileBank | None:
+        """The bank that already has every expert, if one of the banks is a slab file."""
+        return next((bank for bank in self.banks if isinstance(bank, FileBank)), None)
 
     def declare(self, need: LayerNeed) -> None:
         """Announce a layer while the model is being built; sizes are the checkpoint format's."""
@@ -105,14 +149,16 @@ class OffloadRuntime:
         self._needs[need.name] = need
 
     def plan(self, kv_cache_bytes: int | None, device_reserve_bytes: int) -> Account:
-        """Resolve slots and buffers, print the byte account, refuse what cannot fit. Before any weight is read.
+        """Place every expert, resolve slots and buffers, print the byte account, refuse what cannot fit.
+
+        Happens before any weight is read.
 
         Args:
             kv_cache_bytes: what vLLM was asked to give the KV cache; None where it takes what is left.
             device_reserve_bytes: device memory that belongs to others: KV cache, activations, what vLLM leaves free.
 
         Raises:
-            ConfigError, CapacityError: one sentence each.
+            ConfigError, CapacityError, IntegrityError: one sentence each.
         """
         machine = Machine(
             host_free_bytes=max(available_bytes() - _HOST_RESERVE_BYTES, 0),
@@ -120,12 +166,102 @@ class OffloadRuntime:
             shared=self._backend.is_host,
             kv_cache_bytes=kv_cache_bytes,
         )
-        needs = list(self._needs.values())
-        self.account = plan(self.config, needs, machine)
+        needs = self._exact_needs()
+        self._placement = self._place(needs, machine)
+        self.account = plan(self.config, needs, machine, self._holdings(needs))
         self._log.info("MoE offload: byte account of this rank, before the weights are loaded:")
-        for line in self.account.lines(needs, self.bank.name):
+        for line in self.account.lines(needs):
             self._log.info("MoE offload:   %s", line)
+        for bank in self.banks:
+            self._log.info(
+                "MoE offload:   bank %s: %s/s, %.0f ns, figures %s",
+                *(bank.name, format_bytes(int(bank.profile.read_bytes_per_s)), bank.profile.latency_s * 1e9),
+                bank.profile.source,
+            )
         return self.account
+
+    def _exact_needs(self) -> list[LayerNeed]:
+        """The layers with the sizes of their slabs as far as they are known: a slab file knows them exactly.
+
+        Raises:
+            IntegrityError: the slab file lacks a layer.
+        """
+        needs = list(self._needs.values())
+        if self.slab_file is None:
+            return needs
+        exact = []
+        for need in needs:
+            packed = self.slab_file.slabs.layers.get(need.name)
+            if packed is None or packed.expert_count != need.expert_count:
+                raise IntegrityError(
+                    f"--moe-offload-config: bank {self.slab_file.name} has no {need.expert_count} experts of layer "
+                    f"{need.name}: pack this model with moecxl pack (a draft model's experts cannot be packed)"
+                )
+            exact.append(replace(need, slab_bytes=packed.layout.slab_bytes))
+        return exact
+
+    def _place(self, needs: Sequence[LayerNeed], machine: Machine) -> Placement:
+        home_bytes = sum_home_bytes(needs)
+        if all(bank.shares_host_memory for bank in self.banks):
+            require_host_room(home_bytes, machine)
+        host_bytes = machine.host_free_bytes
+        if machine.shared and self.slab_file is not None:
+            # What does not fit stays in the file: slots come before homes that only repeat it.
+            host_bytes = max(host_bytes - wanted_device_bytes(self.config, needs), 0)
+        views = [
+            BankView(
+                identity=bank.identity,
+                tier=bank.tier,
+                capacity_bytes=self._room(bank, host_bytes, home_bytes),
+                latency_s=bank.profile.latency_s,
+                read_bytes_per_s=bank.profile.read_bytes_per_s,
+            )
+            for bank in self.banks
+        ]
+        # Kernel formats may be a little larger than the checkpoint's, and tensors take whole pages.
+        padded = [
+            need if self.slab_file else replace(need, slab_bytes=int(need.slab_bytes * _SLAB_GROWTH)) for need in needs
+        ]
+        fits_plainly = len(views) == 1 and views[0].capacity_bytes >= home_bytes
+        return place(
+            needs if fits_plainly else padded,
+            self._frequencies(needs),
+            views,
+            self.config.stripe,
+            part_slack_bytes=_PART_SLACK_BYTES,
+        )
+
+    @staticmethod
+    def _room(bank: Bank, host_bytes: int, home_bytes: int) -> int:
+        if isinstance(bank, FileBank):
+            return home_bytes
+        if bank.capacity_bytes is None:
+            return host_bytes
+        return min(bank.capacity_bytes, host_bytes) if bank.shares_host_memory else bank.capacity_bytes
+
+    def _frequencies(self, needs: Sequence[LayerNeed]) -> Sequence[npt.NDArray[np.float64]] | None:
+        if self.config.placement_trace is None:
+            return None
+        expert_counts = {need.expert_count for need in needs}
+        if len(expert_counts) > 1:
+            raise ConfigError(
+                f"--moe-offload-config: placement_trace={self.config.placement_trace!r} is not possible: the layers of "
+                "this model differ in their number of experts, drop the option"
+            )
+        path = Path(self.config.placement_trace)
+        return list(ActivationFrequency.from_trace(path, len(needs), expert_counts.pop()).values)
+
+    def _holdings(self, needs: Sequence[LayerNeed]) -> list[Holding]:
+        assert self._placement is not None
+        byte_counts = [0.0] * len(self.banks)
+        for need, route_ids in zip(needs, self._placement.route_ids, strict=True):
+            for route_id, count in zip(*np.unique(route_ids, return_counts=True), strict=True):
+                for part in self._placement.routes[route_id]:
+                    byte_counts[part.bank_index] += float(count) * part.share * need.slab_bytes
+        return [
+            Holding(bank.name, round(count), bank.shares_host_memory)
+            for bank, count in zip(self.banks, byte_counts, strict=True)
+        ]
 
     def install(self, layer: LoadedLayer) -> Dispatch:
         """Take a layer's experts home and give it slots.
@@ -133,26 +269,25 @@ class OffloadRuntime:
         Raises:
             CapacityError: a bank or the device is full.
             ConfigError: the options forbid the only exact way to run this kernel.
-            IntegrityError: the self-check found a bit that differs and there is no other way to run it.
+            IntegrityError: the self-check found a bit that differs and there is no other way to run it, or the slab
+                file is not what was packed.
         """
-        assert self.account is not None
-        expert_count = layer.expert_count
-        slot_count = min(self.account.slot_counts[list(self._needs).index(layer.name)], expert_count)
-        is_cut = slot_count < expert_count
+        assert self.account is not None and self._placement is not None
+        layer_id = list(self._needs).index(layer.name)
+        slot_count = min(self.account.slot_counts[layer_id], layer.expert_count)
+        is_cut = slot_count < layer.expert_count
         check = None
-        if is_cut and self.config.passes == "exact" and layer.kernel_name not in self._confirmed:
-            check = SelfCheck.prepare(
-                layer.kernel, expert_count, layer.topk, layer.hidden_size, layer.dtype, self._device
-            )
-        layout = SlabLayout.of(layer.tensors)
-        home = Home.store(self.bank, layer.tensors)
-        slots = Cells(layout, slot_count, self._backend)
-        layer_buffer = self._layer_buffer(layout, expert_count) if is_cut else None
+        # From a file even a layer that is never cut is checked: its tensors were made elsewhere.
+        if self.config.passes == "exact" and layer.kernel_name not in self._confirmed and (is_cut or layer.packed):
+            check = layer.check(self._device)
+        home = self._take_home(layer, layer_id)
+        slots = Cells(home.layout, slot_count, self._backend)
+        layer_buffer = self._layer_buffer(home.layout, layer.expert_count) if is_cut else None
         pass_kind = self._confirmed.get(layer.kernel_name, self._wanted_pass_kind(layer, layer_buffer, is_cut))
 
         def dispatch(pass_kind: PassKind, layer_buffer: Cells | None, counters: Counters) -> Dispatch:
             policy = POLICIES[self.config.eviction](slot_count)
-            residency = Residency(expert_count, slot_count, policy)
+            residency = Residency(layer.expert_count, slot_count, policy)
             return Dispatch(
                 layer.name,
                 residency,
@@ -168,9 +303,20 @@ class OffloadRuntime:
 
         if check is not None:
             pass_kind = self._confirm(check, layer, pass_kind, layer_buffer, dispatch)
-        self.dispatches[layer.name] = dispatch(pass_kind, layer_buffer, self.counters)
+        installed = self.dispatches[layer.name] = dispatch(pass_kind, layer_buffer, self.counters)
+        if (hot := self._placement.hot[layer_id]).size:
+            installed.preload(hot.tolist())
         self._report_progress()
-        return self.dispatches[layer.name]
+        return installed
+
+    def _take_home(self, layer: LoadedLayer, layer_id: int) -> Home:
+        assert self._placement is not None
+        routes = [self._placement.routes[route_id] for route_id in self._placement.route_ids[layer_id]]
+        if layer.packed is None:
+            return self._homes.store(layer.name, layer.tensors, routes)
+        assert self.slab_file is not None
+        layer.tensors.clear()
+        return self._homes.adopt(layer.packed, self.slab_file, routes)
 
     def _layer_buffer(self, layout: SlabLayout, expert_count: int) -> Cells | None:
         """The buffer that all layers of this layout and size share, if the account has one."""
@@ -210,7 +356,7 @@ class OffloadRuntime:
         """The pass kind that gives this kernel's own bits, by trial."""
         # The layer buffer would take the wide batch away from the passes that are to be tried.
         tried = None if pass_kind is not PassKind.LAYER_BUFFER else layer_buffer
-        different = check.run(lambda: dispatch(pass_kind, tried, Counters([self.bank.name])))
+        different = check.run(lambda: dispatch(pass_kind, tried, self._private_counters()))
         if different:
             sentence = (
                 f"self-check of {layer.name}: {pass_kind.value} passes change {different} outputs of "
@@ -224,7 +370,7 @@ class OffloadRuntime:
                 )
             self._log.warning("MoE offload: %s: every wide forward goes through the layer buffer instead", sentence)
             pass_kind = PassKind.LAYER_BUFFER
-            different = check.run(lambda: dispatch(pass_kind, layer_buffer, Counters([self.bank.name])))
+            different = check.run(lambda: dispatch(pass_kind, layer_buffer, self._private_counters()))
             if different:
                 raise IntegrityError(
                     f"{sentence}, and so does the layer buffer: this kernel cannot be served from slots, "
@@ -236,10 +382,26 @@ class OffloadRuntime:
         )
         return pass_kind
 
+    def _private_counters(self) -> Counters:
+        """For forwards that no request asked for."""
+        return Counters([bank.name for bank in self.banks])
+
     def _report_progress(self) -> None:
         done, total = len(self.dispatches), self.layer_count
         step = max(total // _PROGRESS_LINE_COUNT, 1)
         if done % step == 0 or done == total:
-            self._log.info(
-                "MoE offload: experts of %d/%d layers are home, %s", done, total, format_bytes(self.bank.used_bytes)
-            )
+            used = format_bytes(sum(bank.used_bytes for bank in self.banks))
+            self._log.info("MoE offload: experts of %d/%d layers are home, %s", done, total, used)
+        if done == total:
+            self._report_banks()
+
+    def _report_banks(self) -> None:
+        """Say what was achieved, in the log and in metrics."""
+        values = self.counters.values
+        for bank in self.banks:
+            self._log.info("MoE offload: %s", bank.describe())
+            values[self.counters.bank_up[bank.name]] = int(not bank.astray_bytes)
+            values[self.counters.bank_bandwidth[bank.name]] = int(bank.profile.read_bytes_per_s)
+            kinds = (bank.capacity_bytes or bank.used_bytes, bank.used_bytes, bank.astray_bytes)
+            for kind, byte_count in zip(BANK_BYTES_KINDS, kinds, strict=True):
+                values[self.counters.bank_bytes[bank.name, kind]] = byte_count

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,9 @@ _SEED = 20
 #: Forwards of several widths: kernels take other code paths for one row, a few rows and a full block.
 _TOKEN_COUNTS = (1, 5, 48)
 
+#: x, router weights and expert ids of one forward.
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
 
 @dataclass(frozen=True)
 class SelfCheck:
@@ -24,7 +27,7 @@ class SelfCheck:
         expected: the resident layer's output for each.
     """
 
-    batches: tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], ...]
+    batches: tuple[Batch, ...]
     expected: tuple[torch.Tensor, ...]
 
     @classmethod
@@ -32,14 +35,23 @@ class SelfCheck:
         cls, kernel: Kernel, expert_count: int, topk: int, hidden_size: int, dtype: torch.dtype, device: torch.device
     ) -> SelfCheck:
         """Run the batches while the kernel still reads all experts, in their own rows."""
-        rng = np.random.default_rng(_SEED)
-        batches = []
-        for token_count in _TOKEN_COUNTS:
-            x = torch.from_numpy(rng.standard_normal((token_count, hidden_size), dtype=np.float32)).to(dtype)
-            weights = torch.from_numpy(rng.dirichlet(np.ones(topk), size=token_count).astype(np.float32))
-            ids = np.stack([rng.permutation(expert_count)[:topk] for _ in range(token_count)]).astype(np.int32)
-            batches.append((x.to(device), weights.to(device), torch.from_numpy(ids).to(device)))
-        return cls(tuple(batches), tuple(kernel(*batch).clone() for batch in batches))
+        batches = _batches(expert_count, topk, hidden_size, dtype, device)
+        return cls(batches, tuple(kernel(*batch).clone() for batch in batches))
+
+    @classmethod
+    def recall(
+        cls,
+        expected: Sequence[torch.Tensor],
+        expert_count: int,
+        topk: int,
+        hidden_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> SelfCheck:
+        """The same batches, with what the resident layer made of them when it was packed."""
+        return cls(
+            _batches(expert_count, topk, hidden_size, dtype, device), tuple(output.to(device) for output in expected)
+        )
 
     def run(self, make_dispatch: Callable[[], Dispatch]) -> int:
         """Outputs that differ when the batches run through a fresh dispatch; 0 where every bit is the same."""
@@ -48,3 +60,16 @@ class SelfCheck:
             int((dispatch(*batch) != expected).sum())
             for batch, expected in zip(self.batches, self.expected, strict=True)
         )
+
+
+def _batches(
+    expert_count: int, topk: int, hidden_size: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Batch, ...]:
+    rng = np.random.default_rng(_SEED)
+    batches = []
+    for token_count in _TOKEN_COUNTS:
+        x = torch.from_numpy(rng.standard_normal((token_count, hidden_size), dtype=np.float32)).to(dtype)
+        weights = torch.from_numpy(rng.dirichlet(np.ones(topk), size=token_count).astype(np.float32))
+        ids = np.stack([rng.permutation(expert_count)[:topk] for _ in range(token_count)]).astype(np.int32)
+        batches.append((x.to(device), weights.to(device), torch.from_numpy(ids).to(device)))
+    return tuple(batches)

@@ -9,75 +9,23 @@ from pathlib import Path
 
 import pytest
 
-from vllm_moecxl.units import GIB, KIB
-
-
-class FakeSysfs:
-    """Builds what the kernel would show."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    def write(self, path: str, text: str) -> None:
-        target = self.root / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text + "\n")
-
-    def link(self, path: str, target: str) -> None:
-        link = self.root / path
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(self.root / target)
-
-    def node(self, node_id: int, *, total_gib: int, free_gib: int, cpulist: str) -> None:
-        folder = f"devices/system/node/node{node_id}"
-        self.write(f"{folder}/cpulist", cpulist)
-        self.write(
-            f"{folder}/meminfo",
-            f"Node {node_id} MemTotal:       {total_gib * GIB // KIB} kB\n"
-            f"Node {node_id} MemFree:        {free_gib * GIB // KIB} kB\n"
-            f"Node {node_id} Active(anon):   17 kB",
-        )
-
-    def cxl_memory(self, name: str, *, ram_gib: int, serial: str = "0xc0ffee", numa_node: int = -1) -> None:
-        folder = f"devices/pci0000:0c/{name}"
-        self.write(f"{folder}/serial", serial)
-        self.write(f"{folder}/ram/size", hex(ram_gib * GIB))
-        self.write(f"{folder}/numa_node", str(numa_node))
-        self.link(f"bus/cxl/devices/{name}", folder)
-
-    def region(self, name: str, dax: str, *, size_gib: int, target_node: int, driver: str | None) -> None:
-        region = f"devices/platform/ACPI0017:00/root0/decoder0.0/{name}"
-        folder = f"{region}/dax_{name}/{dax}"
-        self.write(f"{folder}/size", str(size_gib * GIB))
-        self.write(f"{folder}/target_node", str(target_node))
-        if driver is not None:
-            self.write(f"bus/dax/drivers/{driver}/uevent", "")
-            self.link(f"{folder}/driver", f"bus/dax/drivers/{driver}")
-        self.link(f"bus/cxl/devices/{name}", region)
-        self.link(f"bus/dax/devices/{dax}", folder)
+from tests.support.sysfs_trees import SysfsTree
+from vllm_moecxl.units import GIB
 
 
 @pytest.fixture
-def sysfs(tmp_path: Path) -> FakeSysfs:
+def sysfs(tmp_path: Path) -> SysfsTree:
     """An empty tree."""
-    return FakeSysfs(tmp_path / "sys")
+    return SysfsTree(tmp_path / "sys")
 
 
 @pytest.fixture
-def one_cxl_node(sysfs: FakeSysfs) -> FakeSysfs:
+def one_cxl_node(sysfs: SysfsTree) -> SysfsTree:
     """Node 0 with CPUs, and mem0 as CPU-less node 1."""
-    sysfs.node(0, total_gib=64, free_gib=32, cpulist="0-7")
-    sysfs.node(1, total_gib=128, free_gib=127, cpulist="")
-    sysfs.cxl_memory("mem0", ram_gib=128)
-    sysfs.region("region0", "dax0.0", size_gib=128, target_node=1, driver="kmem")
-    return sysfs
-
-
-@pytest.fixture
-def two_sockets(sysfs: FakeSysfs) -> FakeSysfs:
-    """Two nodes with CPUs and no CXL."""
-    sysfs.node(0, total_gib=64, free_gib=32, cpulist="0-15")
-    sysfs.node(1, total_gib=64, free_gib=60, cpulist="16-31")
+    sysfs.node(0, cpulist="0-7", distance="10 20")
+    sysfs.node(1, cpulist="", free_bytes=63 * GIB, distance="20 10")
+    sysfs.memory(0)
+    sysfs.cxl(0, [0], target_node=1)
     return sysfs
 
 

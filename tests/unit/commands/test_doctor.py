@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.commands.conftest import FakeSysfs, Install
+from tests.support.sysfs_trees import SysfsTree, devdax, two_sockets
+from tests.unit.commands.conftest import Install
 from vllm_moecxl.commands.doctor import examine
 from vllm_moecxl.commands.findings import Finding
 from vllm_moecxl.commands.installed import judge_engine, judge_plugin, read_engine, read_plugin
@@ -26,50 +27,63 @@ def _problems(findings: object) -> list[str]:
     return [finding.text for finding in findings if finding.level == "problem"]  # type: ignore[attr-defined]
 
 
-def test_json_is_one_object_with_stable_keys(one_cxl_node: FakeSysfs, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_is_one_object_with_stable_keys(one_cxl_node: SysfsTree, capsys: pytest.CaptureFixture[str]) -> None:
     main(["doctor", "--json", "--sysfs", str(one_cxl_node.root)])
     report = json.loads(capsys.readouterr().out)
     assert set(report) == _KEYS
     assert all(set(finding) == {"level", "topic", "text"} for finding in report["findings"])
     assert {finding["level"] for finding in report["findings"]} <= {"ok", "note", "problem"}
     assert set(report["cxl"]) == {"memories", "regions", "dax_devices"}
-    assert report["cxl"]["memories"][0]["ram_bytes"] == 128 * GIB
+    assert report["cxl"]["memories"][0]["ram_bytes"] == 64 * GIB
     assert report["numa_nodes"][1]["cxl_regions"] == ["region0"]
     assert report["devices"][0]["kind"] == "cpu"
     assert report["memory"]["available_bytes"] > 0
 
 
-def test_words_have_every_section(two_sockets: FakeSysfs, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["doctor", "--sysfs", str(two_sockets.root)])
+def test_words_have_every_section(sysfs: SysfsTree, capsys: pytest.CaptureFixture[str]) -> None:
+    two_sockets(sysfs)
+    main(["doctor", "--sysfs", str(sysfs.root)])
     lines = capsys.readouterr().out.splitlines()
     headings = [line for line in lines if not line.startswith(" ")]
     assert headings[:-1] == ["Engine", "Plugin", "Compute devices", "Host memory", "NUMA nodes", "CXL memory"]
     assert "problem" in lines[-1]
 
 
-def test_no_cxl_is_a_note(two_sockets: FakeSysfs) -> None:
-    assert _texts(examine(two_sockets.root)["findings"], "note", "cxl") == ["no CXL memory: homes are in DRAM"]
+def test_no_cxl_is_a_note(sysfs: SysfsTree) -> None:
+    two_sockets(sysfs)
+    assert _texts(examine(sysfs.root)["findings"], "note", "cxl") == ["no CXL memory: homes are in DRAM"]
 
 
-def test_cxl_node_is_told_from_another_cpuless_node(one_cxl_node: FakeSysfs) -> None:
-    one_cxl_node.node(2, total_gib=16, free_gib=16, cpulist="")
+def test_cxl_node_is_told_from_another_cpuless_node(one_cxl_node: SysfsTree) -> None:
+    one_cxl_node.node(2, cpulist="")
     findings = examine(one_cxl_node.root)["findings"]
     assert any("node 1" in text and "region0" in text for text in _texts(findings, "ok", "numa"))
     assert any("node 2" in text and "no CXL region" in text for text in _texts(findings, "note", "numa"))
 
 
-def test_device_without_region_is_named_with_a_remedy(sysfs: FakeSysfs) -> None:
-    sysfs.cxl_memory("mem0", ram_gib=64)
+def test_device_without_region_is_named_with_a_remedy(sysfs: SysfsTree) -> None:
+    sysfs.memory(0)
     assert any("cxl create-region" in text for text in _texts(examine(sysfs.root)["findings"], "note", "cxl"))
 
 
-def test_unbound_dax_device_is_named_with_a_remedy(sysfs: FakeSysfs) -> None:
-    sysfs.region("region0", "dax0.0", size_gib=64, target_node=1, driver=None)
+def test_unbound_dax_device_is_named_with_a_remedy(sysfs: SysfsTree) -> None:
+    sysfs.memory(0)
+    sysfs.cxl(0, [0], target_node=1, driver=None)
     assert any("daxctl" in text for text in _texts(examine(sysfs.root)["findings"], "note", "cxl"))
 
 
+def test_cxl_memory_is_named_as_a_bank(one_cxl_node: SysfsTree) -> None:
+    assert any('bank spec "numa:1"' in text for text in _texts(examine(one_cxl_node.root)["findings"], "ok", "cxl"))
+
+
+def test_devdax_memory_is_named_as_a_bank(sysfs: SysfsTree) -> None:
+    devdax(sysfs)
+    texts = _texts(examine(sysfs.root)["findings"], "ok", "cxl")
+    assert any('bank spec "dax:/dev/dax0.0"' in text for text in texts)
+
+
 def test_missing_vllm_is_a_problem_and_not_a_crash(
-    install: Install, sysfs: FakeSysfs, capsys: pytest.CaptureFixture[str]
+    install: Install, sysfs: SysfsTree, capsys: pytest.CaptureFixture[str]
 ) -> None:
     del install
     assert main(["doctor", "--sysfs", str(sysfs.root)]) == 1
@@ -172,7 +186,7 @@ def test_cpu_engine_is_told_to_size_its_kv_cache() -> None:
     assert any("--kv-cache-memory-bytes" in text for text in texts)
 
 
-def test_cpu_engine_is_kept_off_cpuless_nodes(one_cxl_node: FakeSysfs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_engine_is_kept_off_cpuless_nodes(one_cxl_node: SysfsTree, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CPU_VISIBLE_MEMORY_NODES", raising=False)
     if read_engine().kind != "cpu":
         pytest.skip("the CPU engine is not installed")

@@ -1,0 +1,1 @@
+"""Banks: the places that home slabs."""

@@ -1,0 +1,455 @@
+"""Slab files: the experts of one rank in the kernel's own format, packed once and served from.
+
+A slab file is a valid safetensors file. Its data are, in this order:
+
+- per layer and tensor the experts in order, `LAYER/TENSOR` [experts, ...], each tensor from a multiple of
+  `ALIGN_BYTES` on (`pad/N` fills the gaps, since safetensors allows none), so that rows can be read directly;
+- the *tail*: per layer the digests of its slabs, `LAYER/digests` [experts, 32], what the kernel keeps beside the rows
+  of experts, `LAYER/shared/NAME`, and the outputs of a self-check, `LAYER/check/N`;
+- `seal` [32], a BLAKE3 digest of the header and the tail.
+
+The header's metadata say what it was packed for (`fingerprint`) and how the layers look (`layers`). The header is
+written last, so that a file whose packing was interrupted has none.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from blake3 import blake3
+
+from vllm_moecxl.data.layout import Extent, SlabLayout, as_bytes
+from vllm_moecxl.errors import CapacityError, ConfigError, IntegrityError
+from vllm_moecxl.linux.direct_file import DirectFile
+from vllm_moecxl.units import KIB, MIB, format_bytes
+
+FORMAT = "vllm_moecxl slabs 1"
+ALIGN_BYTES = 4 * KIB
+DIGEST_BYTES = 32
+#: safetensors' own limit.
+_HEADER_BYTES_MAX = 100_000_000
+#: Room that is kept for the header while its size is not known; a layer takes less than 2 KiB of it.
+_HEADER_BYTES_BASE = 64 * KIB
+_HEADER_BYTES_PER_LAYER = 16 * KIB
+_LENGTH_BYTES = 8
+_COPY_BYTES = 64 * MIB
+
+_TO_SAFETENSORS = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e8m0fnu: "F8_E8M0",
+}
+_FROM_SAFETENSORS = {name: dtype for dtype, name in _TO_SAFETENSORS.items()}
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One tensor of the file; `start` counts from the beginning of the file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def byte_count(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """What a slab file has of one layer.
+
+    Attributes:
+        name: the layer's name.
+        expert_count: its experts.
+        kernel_name: the kernel whose format this is.
+        layout: its slabs.
+        starts: per extent, where its first row is in the file; rows follow each other.
+        digests: [experts] BLAKE3 digest of each slab, its extents in order.
+        shared: what the kernel keeps beside the rows of experts.
+        check: outputs of the resident layer for the batches of a self-check; empty where there was none.
+    """
+
+    name: str
+    expert_count: int
+    kernel_name: str
+    layout: SlabLayout
+    starts: tuple[int, ...]
+    digests: tuple[bytes, ...]
+    shared: Mapping[str, torch.Tensor]
+    check: tuple[torch.Tensor, ...]
+
+
+class SlabFile:
+    """A slab file that is open for reading and whose header and tail have been found sound.
+
+    Attributes:
+        path: where it is.
+        fingerprint: what it was packed for.
+        layers: by name.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open and check everything but the slabs themselves.
+
+        Raises:
+            ConfigError: there is no such file.
+            IntegrityError: it is not a slab file, or truncated, or changed since it was packed.
+        """
+        self.path = path
+        self.file = DirectFile(path)
+        try:
+            self.fingerprint, self.layers = _read(self.file)
+        except BaseException as error:
+            self.file.close()
+            if isinstance(error, _MalformedError):
+                raise IntegrityError(
+                    f'--moe-offload-config: banks="file:{path}" is not a sound slab file ({error}): name a file that '
+                    "moecxl pack wrote, or pack the model again"
+                ) from error
+            raise
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+    def require_fingerprint(self, wanted: Mapping[str, str]) -> None:
+        """Refuse to serve another model, or on another machine, than this file was packed for.
+
+        Raises:
+            IntegrityError: names each difference.
+        """
+        different = [
+            f"{key} {self.fingerprint.get(key, 'unknown')} instead of {wanted.get(key, 'unknown')}"
+            for key in sorted(wanted.keys() | self.fingerprint.keys())
+            if self.fingerprint.get(key) != wanted.get(key)
+        ]
+        if different:
+            raise IntegrityError(
+                f'--moe-offload-config: banks="file:{self.path}" was packed for {", ".join(different)}: '
+                "run moecxl pack for this model and this engine"
+            )
+
+
+class _MalformedError(Exception):
+    """Something in a file is not as a packer writes it."""
+
+
+def _require(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise _MalformedError(sentence)
+
+
+def _read(file: DirectFile) -> tuple[dict[str, str], dict[str, PackedLayer]]:
+    """Fingerprint and layers of a file."""
+    _require(file.byte_count >= _LENGTH_BYTES, "it is too short for a header")
+    length = int.from_bytes(file.read(0, _LENGTH_BYTES), "little")
+    _require(length > 0, "it has no header, so packing did not end")
+    data_start = _LENGTH_BYTES + length
+    _require(length <= _HEADER_BYTES_MAX and data_start <= file.byte_count, "its header is longer than the file")
+    header_bytes = file.read(0, data_start)
+    try:
+        header = json.loads(header_bytes[_LENGTH_BYTES:])
+    except (ValueError, RecursionError):
+        raise _MalformedError("its header is no JSON") from None
+    _require(isinstance(header, dict), "its header is no JSON object")
+    metadata = header.pop("__metadata__", None)
+    _require(isinstance(metadata, dict) and metadata.get("format") == FORMAT, "it has another format")
+    entries = {name: _entry(value, data_start) for name, value in header.items()}
+    end = data_start
+    for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.byte_count)):
+        _require(entry.start == end, "its tensors overlap or leave gaps")
+        end += entry.byte_count
+    _require(end == file.byte_count, f"it has {file.byte_count} bytes and its header says {end}")
+    _check_seal(file, header_bytes, entries, metadata)
+    # From here on the header is what a packer wrote: the seal says so.
+    fingerprint = json.loads(metadata["fingerprint"])
+    return fingerprint, {
+        described["name"]: _packed_layer(file, described, entries) for described in json.loads(metadata["layers"])
+    }
+
+
+def _entry(value: object, data_start: int) -> _Entry:
+    _require(isinstance(value, dict), "its header describes a tensor by no object")
+    assert isinstance(value, dict)
+    dtype = _FROM_SAFETENSORS.get(str(value.get("dtype")))
+    shape, offsets = value.get("shape"), value.get("data_offsets")
+    is_described = dtype is not None and _is_sizes(shape) and _is_sizes(offsets)
+    _require(is_described, "its header describes a tensor wrongly")
+    assert dtype is not None and isinstance(shape, list) and isinstance(offsets, list)
+    _require(len(offsets) == 2, "its header describes a tensor wrongly")
+    entry = _Entry(dtype, tuple(shape), data_start + offsets[0])
+    _require(entry.byte_count == offsets[1] - offsets[0], "its header gives a tensor another size than its shape")
+    return entry
+
+
+def _is_sizes(value: object) -> bool:
+    return isinstance(value, list) and all(type(size) is int and 0 <= size < 1 << 63 for size in value)
+
+
+def _check_seal(file: DirectFile, header: bytes, entries: Mapping[str, _Entry], metadata: Mapping[str, Any]) -> None:
+    seal = entries.get("seal")
+    _require(seal is not None and seal.byte_count == DIGEST_BYTES, "it has no seal")
+    assert seal is not None
+    _require(seal.start + DIGEST_BYTES == file.byte_count, "its seal is not at its end")
+    tail_start = metadata.get("tail_start", "")
+    _require(isinstance(tail_start, str) and tail_start.isdecimal() and len(tail_start) < 20, "it has no tail")
+    start = len(header) + int(tail_start)
+    _require(start <= seal.start, "its tail is longer than the file")
+    digest = blake3(header)
+    for offset in range(start, seal.start, _COPY_BYTES):
+        digest.update(file.read(offset, min(_COPY_BYTES, seal.start - offset)))
+    _require(digest.digest() == file.read(seal.start, DIGEST_BYTES), "its header or its tail has changed")
+
+
+def _packed_layer(file: DirectFile, described: dict[str, Any], entries: Mapping[str, _Entry]) -> PackedLayer:
+    name, expert_count = described["name"], described["expert_count"]
+    rows = [entries[f"{name}/{extent}"] for extent in described["extents"]]
+    layout = SlabLayout(
+        tuple(
+            Extent(extent, entry.shape[1:], entry.dtype)
+            for extent, entry in zip(described["extents"], rows, strict=True)
+        )
+    )
+
+    def tensor(entry_name: str) -> torch.Tensor:
+        entry = entries[entry_name]
+        data = bytearray(file.read(entry.start, entry.byte_count))
+        return torch.frombuffer(data, dtype=entry.dtype).view(entry.shape)
+
+    digests = file.read(entries[f"{name}/digests"].start, expert_count * DIGEST_BYTES)
+    return PackedLayer(
+        name=name,
+        expert_count=expert_count,
+        kernel_name=described["kernel_name"],
+        layout=layout,
+        starts=tuple(entry.start for entry in rows),
+        digests=tuple(digests[i : i + DIGEST_BYTES] for i in range(0, len(digests), DIGEST_BYTES)),
+        shared={shared: tensor(f"{name}/shared/{shared}") for shared in described["shared"]},
+        check=tuple(tensor(f"{name}/check/{index}") for index in range(described["check_count"])),
+    )
+
+
+@dataclass
+class _Described:
+    """A layer as the header's metadata describe it."""
+
+    name: str
+    expert_count: int
+    kernel_name: str
+    extents: list[str]
+    shared: list[str] = field(default_factory=list)
+    check_count: int = 0
+
+
+class SlabFileWriter:
+    """Writes a slab file layer by layer, beside its final place; nothing is there until `finish`.
+
+    Args:
+        path: the file to make.
+        fingerprint: what it is packed for.
+        layer_count: layers that will be added.
+        data_bytes: what they will take, about; checked against the free space of the file system.
+
+    Raises:
+        ConfigError: the folder is not there or not writable, or another packer is writing this file.
+        CapacityError: the file system has too little room.
+    """
+
+    def __init__(self, path: Path, fingerprint: Mapping[str, str], layer_count: int, data_bytes: int) -> None:
+        self.path = path
+        self._fingerprint = dict(fingerprint)
+        self._aside = path.with_name(f".{path.name}.partial")
+        self._header_bytes = _round_up(_HEADER_BYTES_BASE + _HEADER_BYTES_PER_LAYER * layer_count)
+        self._entries: dict[str, dict[str, object]] = {}
+        self._layers: list[_Described] = []
+        self._tail: list[tuple[str, torch.Tensor]] = []
+        self._end = 0
+        self._pad_count = 0
+        self._file = self._open()
+        try:
+            self._require_room(data_bytes)
+        except BaseException:
+            self.abandon()
+            raise
+
+    def add_layer(
+        self,
+        name: str,
+        kernel_name: str,
+        tensors: Mapping[str, torch.Tensor],
+        shared: Mapping[str, torch.Tensor],
+        check: Sequence[torch.Tensor],
+    ) -> None:
+        """Append a layer.
+
+        Args:
+            tensors: per extent [experts, ...], contiguous, any device.
+            shared: what the kernel keeps beside the rows of experts, nothing empty.
+            check: outputs of the resident layer in a self-check.
+
+        Raises:
+            CapacityError: the disk is full.
+        """
+        expert_count = next(iter(tensors.values())).shape[0]
+        described = _Described(name, expert_count, kernel_name, list(tensors))
+        digests = [blake3() for _ in range(expert_count)]
+        for extent, tensor in tensors.items():
+            self._pad()
+            self._enter(f"{name}/{extent}", tensor)
+            rows = as_bytes(tensor)
+            for digest, row in zip(digests, rows, strict=True):
+                data = row.cpu().numpy().data
+                digest.update(data)
+                self._write(data)
+        digest_bytes = b"".join(digest.digest() for digest in digests)
+        table = torch.frombuffer(bytearray(digest_bytes), dtype=torch.uint8).view(expert_count, DIGEST_BYTES)
+        self._tail.append((f"{name}/digests", table))
+        for shared_name, tensor in shared.items():
+            described.shared.append(shared_name)
+            self._tail.append((f"{name}/shared/{shared_name}", tensor.cpu().clone()))
+        described.check_count = len(check)
+        self._tail += [(f"{name}/check/{index}", output.cpu()) for index, output in enumerate(check)]
+        self._layers.append(described)
+
+    def finish(self) -> int:
+        """Write the tail and the header, and put the file in its place.
+
+        Returns:
+            Its size in bytes.
+
+        Raises:
+            CapacityError: the disk is full.
+        """
+        tail_start = self._end
+        tail = blake3()
+        parts = []
+        for name, tensor in self._tail:
+            self._enter(name, tensor)
+            parts.append(as_bytes(tensor.reshape(1, *tensor.shape)).numpy().tobytes())
+        self._enter("seal", torch.empty(DIGEST_BYTES, dtype=torch.uint8))
+        header = self._header(tail_start)
+        tail.update(header)
+        for part in parts:
+            tail.update(part)
+            self._write(memoryview(part))
+        self._write(memoryview(tail.digest()))
+        # The slabs first, the header when they are on the disk: what has a header is whole.
+        self._sync()
+        os.pwrite(self._file, header, 0)
+        self._sync()
+        size = os.fstat(self._file).st_size
+        self._aside.rename(self.path)
+        os.close(self._file)
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+        return size
+
+    def abandon(self) -> None:
+        """Remove what has been written."""
+        self._aside.unlink(missing_ok=True)
+        os.close(self._file)
+
+    def _open(self) -> int:
+        try:
+            file = os.open(self._aside, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise ConfigError(
+                f"moecxl pack: {self.path} cannot be written ({error.strerror}): name a file in a folder that is there "
+                "and writable"
+            ) from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(file)
+            raise ConfigError(f"moecxl pack: another process is packing {self.path}: wait for it") from error
+        os.ftruncate(file, 0)
+        return file
+
+    def _require_room(self, data_bytes: int) -> None:
+        disk = os.statvfs(self._aside)
+        free_bytes = disk.f_bavail * disk.f_frsize
+        if data_bytes + self._header_bytes > free_bytes:
+            raise CapacityError(
+                f"moecxl pack: {self.path} takes about {format_bytes(data_bytes + self._header_bytes)} and its file "
+                f"system has {format_bytes(free_bytes)} free: make room, or name a file elsewhere"
+            )
+
+    def _pad(self) -> None:
+        gap = -(self._header_bytes + self._end) % ALIGN_BYTES
+        if gap:
+            self._enter(f"pad/{self._pad_count}", torch.empty(gap, dtype=torch.uint8))
+            self._write(memoryview(bytes(gap)))
+            self._pad_count += 1
+
+    def _enter(self, name: str, tensor: torch.Tensor) -> None:
+        """Note where a tensor lies; its bytes are written right after this."""
+        assert name not in self._entries
+        end = self._entry_end() + tensor.nbytes
+        self._entries[name] = {
+            "dtype": _TO_SAFETENSORS[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [end - tensor.nbytes, end],
+        }
+
+    def _entry_end(self) -> int:
+        if not self._entries:
+            return 0
+        offsets = next(reversed(self._entries.values()))["data_offsets"]
+        assert isinstance(offsets, list)
+        return int(offsets[1])
+
+    def _header(self, tail_start: int) -> bytes:
+        metadata = {
+            "format": FORMAT,
+            "fingerprint": json.dumps(self._fingerprint),
+            "layers": json.dumps([asdict(layer) for layer in self._layers]),
+            "tail_start": str(tail_start),
+        }
+        text = json.dumps({"__metadata__": metadata, **self._entries}).encode()
+        length = self._header_bytes - _LENGTH_BYTES
+        assert len(text) <= length, "the header outgrew the room that was kept for it"
+        return length.to_bytes(_LENGTH_BYTES, "little") + text.ljust(length)
+
+    def _write(self, data: memoryview) -> None:
+        data = data.cast("B")
+        offset = self._header_bytes + self._end
+        self._end += data.nbytes
+        try:
+            while data.nbytes:
+                count = os.pwrite(self._file, data[:_COPY_BYTES], offset)
+                data, offset = data[count:], offset + count
+        except OSError as error:
+            raise self._write_error(error) from error
+
+    def _sync(self) -> None:
+        try:
+            os.fsync(self._file)
+        except OSError as error:
+            raise self._write_error(error) from error
+
+    def _write_error(self, error: OSError) -> CapacityError:
+        return CapacityError(f"moecxl pack: writing {self.path} failed ({error.strerror}): make room on its disk")
+
+
+def _round_up(byte_count: int) -> int:
+    return -(-byte_count // ALIGN_BYTES) * ALIGN_BYTES

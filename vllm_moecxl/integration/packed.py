@@ -1,0 +1,106 @@
+"""Serve a layer from a slab file: its kernel is built around stand-ins, and no expert of the checkpoint is read.
+
+vLLM builds a kernel from weights that have been loaded and processed. It gets zeros of the checkpoint's shapes, for one
+expert where that is known to be enough, and processes them; the shapes that come out must be those of the slab file.
+Then the rows of experts come from there, and so do the values that the kernel keeps beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
+
+from vllm_moecxl.data.slabfile import PackedLayer
+from vllm_moecxl.errors import IntegrityError
+from vllm_moecxl.integration.described import describe_layer, need_of
+from vllm_moecxl.integration.initial_values import InitialValues
+from vllm_moecxl.integration.kernels import is_built_from_one_expert
+from vllm_moecxl.integration.scan import named_tensors, solid
+from vllm_moecxl.runtime.dispatch import Dispatch
+from vllm_moecxl.runtime.runtime import OffloadRuntime
+
+
+def load_from_file(
+    method: FusedMoEMethodBase,
+    layer: RoutedExperts,
+    runtime: OffloadRuntime,
+    adopt: Callable[[Dispatch], None],
+) -> None:
+    """Change one quantisation method object so that its layer is served from the runtime's slab file.
+
+    Args:
+        adopt: called once with the layer's dispatch.
+    """
+    create_weights = method.create_weights
+    process_weights = method.process_weights_after_loading
+    created: list[str] = []
+    is_home = False
+
+    @wraps(create_weights)
+    def create_on_meta(*args: Any, **kwargs: Any) -> None:
+        before = set(layer._parameters)
+        with InitialValues():
+            create_weights(*args, **kwargs)
+        created.extend(name for name, p in layer._parameters.items() if p is not None and name not in before)
+        runtime.declare(need_of(layer))
+        one_is_enough = is_built_from_one_expert(_packed_layer(runtime, layer).kernel_name)
+        for name in created:
+            parameter = layer.get_parameter(name)
+            if one_is_enough and parameter.shape[:1] == (layer.local_num_experts,):
+                parameter.data = parameter.data[:1]
+        initialize_online_processing(layer)
+        for name in created:
+            layer.get_parameter(name).weight_loader = _pass_over
+
+    @wraps(process_weights)
+    def process_stand_ins(_: torch.nn.Module) -> None:
+        nonlocal is_home
+        if is_home:  # the loader's last step visits every layer again
+            return
+        packed = _packed_layer(runtime, layer)
+        for name in created:
+            layer.get_parameter(name).data.zero_()
+        process_weights(layer)
+        _restore_shared(layer, packed)
+        adopt(runtime.install(describe_layer(layer, method, packed)))
+        is_home = True
+
+    method.create_weights = create_on_meta
+    method.process_weights_after_loading = process_stand_ins
+    method.uses_meta_device = True
+    method.requires_device_loading = False
+
+
+def _pass_over(*args: Any, **kwargs: Any) -> bool:
+    """A weight loader that leaves the checkpoint's tensor where it is: mapped, and never read."""
+    return True
+
+
+def _packed_layer(runtime: OffloadRuntime, layer: RoutedExperts) -> PackedLayer:
+    assert runtime.slab_file is not None
+    packed = runtime.slab_file.slabs.layers.get(layer.layer_name)
+    if packed is None:
+        raise IntegrityError(
+            f"--moe-offload-config: bank {runtime.slab_file.name} has no layer {layer.layer_name}: pack this model "
+            "with moecxl pack (a draft model's experts cannot be packed)"
+        )
+    return packed
+
+
+def _restore_shared(layer: RoutedExperts, packed: PackedLayer) -> None:
+    """Give the kernel the values that it kept beside the rows of experts when it was packed."""
+    found = named_tensors(layer)
+    for name, value in packed.shared.items():
+        target = solid(found[name]) if name in found else None
+        if target is None or target.shape != value.shape or target.dtype != value.dtype:
+            raise IntegrityError(
+                f"--moe-offload-config: the slab file has {name} {list(value.shape)} for {layer.layer_name}, which "
+                "this engine has not: run moecxl pack again with the engine's own options"
+            )
+        target.copy_(value)
