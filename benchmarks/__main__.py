@@ -10,7 +10,9 @@ import json
 BENCHMARKS = {
     "overhead": "benchmarks.overhead",
     "memory": "benchmarks.memory",
+    "load": "benchmarks.load",
     "oversize": "benchmarks.oversize",
+    "striping": "benchmarks.striping",
 }
 
 

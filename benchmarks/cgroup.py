@@ -54,7 +54,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class _Files:
-    """How one version of cgroups calls what we need; `stat_prefix`: of the names in memory.stat."""
+    """How one version of cgroups calls what we need: files, and from `anonymous` on rows of memory.stat."""
 
     limit: str
     swap_limit: str

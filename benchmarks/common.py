@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 RESULTS = Path(__file__).parent / "results"
 FIXTURE_MODEL = Path(__file__).parent.parent / "tests" / "fixtures" / "mixtral-tiny"
+#: A larger trained model, beside the checkout where there is one.
+_SHARED_MODEL = Path(__file__).parent.parent.parent / "shared" / "models" / "mixtral-mini"
 
 #: What a figure stands for: real devices, functional emulation (never a speed), real-time pacing, or virtual time.
 Label = Literal["hardware", "qemu-functional", "emulated-paced", "simulated"]
@@ -55,6 +57,11 @@ def save(name: str, label: Label, values: Result) -> Result:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     return result
+
+
+def trained_model() -> Path:
+    """A small Mixtral whose routing is learned, to be widened."""
+    return _SHARED_MODEL if _SHARED_MODEL.exists() else FIXTURE_MODEL
 
 
 def quantile(values: Sequence[float], share: float) -> float:

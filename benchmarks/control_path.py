@@ -13,10 +13,13 @@ import torch
 
 from benchmarks.common import Result, quantile
 from vllm_moecxl.control.eviction import POLICIES
+from vllm_moecxl.control.placement import Part
 from vllm_moecxl.control.residency import Residency
-from vllm_moecxl.data.banks import DramBank
+from vllm_moecxl.data.banks.memory import DramBank
 from vllm_moecxl.data.devices import CpuBackend
-from vllm_moecxl.data.slabs import Cells, Home, SlabLayout
+from vllm_moecxl.data.links import Links
+from vllm_moecxl.data.profiles import PUBLISHED
+from vllm_moecxl.data.slabs import Cells, HomeBuilder
 from vllm_moecxl.runtime.counters import Counters
 from vllm_moecxl.runtime.dispatch import Dispatch
 from vllm_moecxl.types import PassKind
@@ -54,14 +57,15 @@ def _kernel(x: torch.Tensor, topk_weights: torch.Tensor, slot_ids: torch.Tensor)
 
 def full_hit_dispatch(case: Case, forward: Forward = _kernel) -> Dispatch:
     """A dispatch over tiny slabs whose experts are all resident."""
-    homes = Home.store(DramBank(), {"weight": torch.zeros(case.expert_count, 8)})
-    layout = SlabLayout.of({"weight": homes.tensors[0]})
+    bank = DramBank("dram", "dram", None, PUBLISHED["dram"])
+    tensors = {"weight": torch.zeros(case.expert_count, 8)}
+    home = HomeBuilder([bank], Links(1), "load").store("layer", tensors, [(Part(0, 1.0),)] * case.expert_count)
     backend = CpuBackend()
     dispatch = Dispatch(
         "layer",
         Residency(case.expert_count, case.expert_count, POLICIES["lru"](case.expert_count)),
-        homes,
-        Cells(layout, case.expert_count, backend),
+        home,
+        Cells(home.layout, case.expert_count, backend),
         None,
         backend,
         Counters(["dram"]),

@@ -51,12 +51,14 @@ def call_in_child(module: str, function: str, **arguments: Any) -> Result:
     return result
 
 
-def make_engine(model: Path, *, slots: str | None, max_model_len: int = 1024, **options: Any) -> Any:
+def make_engine(
+    model: Path, *, slots: str | None, banks: list[str] | None = None, max_model_len: int = 1024, **options: Any
+) -> Any:
     """A `vllm.LLM`: plain vLLM, or offloading with `slots`. Only in a child of `call_in_child`."""
     from vllm import LLM
 
     if slots is not None:
-        options["additional_config"] = {"moe_offload": {"mode": "cxl", "slots": slots}}
+        options["additional_config"] = {"moe_offload": {"mode": "cxl", "slots": slots, "banks": banks or "auto"}}
     return LLM(
         str(model),
         enforce_eager=True,

@@ -7,6 +7,7 @@ import json
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from functools import wraps
 from pathlib import Path
@@ -150,8 +151,12 @@ def _shapes(intermediate_size: int) -> Iterator[tuple[str, torch.Size]]:
     yield "lm_head.weight", torch.Size((_VOCABULARY_SIZE, hidden))
 
 
-def load(model: str, slots: str | None) -> Result:
+def load(model: str, slots: str | None, banks: list[str] | None = None) -> Result:
     """Load a model in this fresh process, serve a little, and say what it took.
+
+    Args:
+        slots: None for plain vLLM.
+        banks: homes, where they are not "auto".
 
     Slots are the device's memory. On the CPU engine they too come out of the host's, once they are touched: the peak is
     therefore read when the weights are loaded, and again when the slots have been in use.
@@ -166,8 +171,10 @@ def load(model: str, slots: str | None) -> Result:
     @wraps(load_model)
     def measured_load(*args: Any, **kwargs: Any) -> Any:
         result["before_load_bytes"] = _status_bytes("VmRSS")
+        started_s = time.perf_counter()
         loaded = load_model(*args, **kwargs)
-        result["peak_bytes"] = _status_bytes("VmHWM")
+        result["load_s"] = round(time.perf_counter() - started_s, 3)
+        result["peak_bytes"] = peak_bytes()
         result["anonymous_peak_bytes"] = sampler.peak_anonymous_bytes
         result["peak_split"] = {name: bytes_ // MIB for name, bytes_ in sampler.at_peak.items()}
         result["after_load_bytes"] = _status_bytes("VmRSS")
@@ -175,11 +182,16 @@ def load(model: str, slots: str | None) -> Result:
 
     BaseModelLoader.load_model = measured_load
     with sampler:
-        llm = make_engine(Path(model), slots=slots, max_model_len=512)
+        llm = make_engine(Path(model), slots=slots, banks=banks, max_model_len=512)
         prompts = [{"prompt_token_ids": list(range(start, start + 128))} for start in range(1, 1000, 100)]
         llm.generate(prompts, SamplingParams(temperature=0, max_tokens=8, ignore_eos=True), use_tqdm=False)
-    result["serving_peak_bytes"] = _status_bytes("VmHWM")
+    result["serving_peak_bytes"] = peak_bytes()
     return result
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has had."""
+    return _status_bytes("VmHWM")
 
 
 def _status_bytes(field: str) -> int:

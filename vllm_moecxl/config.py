@@ -80,7 +80,7 @@ class SlotSpec:
         text = raw.strip()
         if text == "auto":
             return cls()
-        if text.isdecimal() and int(text) > 0:
+        if re.fullmatch(r"\d{1,9}", text) and int(text) > 0:
             return cls(count=int(text))
         if text.endswith("%"):
             try:
@@ -204,7 +204,7 @@ class OffloadConfig:
             ConfigError: an unknown key, a wrong type or an impossible value; one sentence.
         """
         known = sorted({f.name for f in fields(cls)} - {"slots_text"})
-        if unknown := sorted(set(raw) - set(known)):
+        if unknown := sorted(map(str, set(raw) - set(known))):
             raise ConfigError(
                 f"--moe-offload-config: unknown option(s) {', '.join(unknown)}; this version knows {', '.join(known)}"
             )

@@ -24,7 +24,8 @@ _FACTORS = {
     "tb": 10**12,
     "tib": 1 << 40,
 }
-_BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*")
+# Bounded, so that no quantity is beyond what arithmetic with floats can take.
+_BYTES = re.compile(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([a-zA-Z]+)\s*")
 
 
 def parse_bytes(text: str) -> int | None:

@@ -11,13 +11,24 @@ from benchmarks.common import Result
 from benchmarks.engines import make_engine
 from benchmarks.peers.work import Generate, main
 
+_BATCHED_TOKENS = 64
+_SEQUENCES = 2
+
 
 def make(model: str, max_model_len: int, moe_offload: dict[str, Any] | None) -> tuple[Generate, Callable[[], Result]]:
     """The engine for a checkpoint, with the options of our offload if it is to offload."""
     from vllm import SamplingParams
 
     offload = {} if moe_offload is None else {"additional_config": {"moe_offload": moe_offload}}
-    llm = make_engine(Path(model), slots=None, max_model_len=max_model_len, **offload)
+    # One sequence at a time: room for wide batches would be memory that nobody uses.
+    llm = make_engine(
+        Path(model),
+        slots=None,
+        max_model_len=max_model_len,
+        max_num_batched_tokens=_BATCHED_TOKENS,
+        max_num_seqs=_SEQUENCES,
+        **offload,
+    )
     engine = llm.llm_engine
     request_ids = map(str, itertools.count())
 

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import vllm_moecxl  # noqa: F401  makes LLM(moe_offload=...) known
@@ -75,6 +76,19 @@ def generate_with_metrics(
         del llm
         gc.collect()
     return outputs, metrics
+
+
+def pack_model(model: str, target: Path, **engine: Any) -> Path:
+    """Pack a model's experts in this process, with engine arguments of simple types."""
+    from vllm_moecxl.integration.packing import pack
+
+    arguments = [
+        f"--{name.replace('_', '-')}={value if isinstance(value, str) else json.dumps(value)}"
+        for name, value in engine.items()
+    ]
+    (path, _) = pack(model, target, arguments, replace=False)[0]
+    gc.collect()
+    return Path(path)
 
 
 def _run(llm: Any, scenario: Scenario) -> list[Output]:

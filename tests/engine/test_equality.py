@@ -15,6 +15,7 @@ from tests.engine.harness import (
     generate,
     generate_in_own_process,
     generate_with_metrics,
+    pack_model,
 )
 from tests.support.checkpoints import (
     AMX_COMBINATIONS,
@@ -33,13 +34,13 @@ _MATRIX_SCENARIOS = (SCENARIOS[1], SCENARIOS[2])
 
 
 @cache
-def _resident(
+def resident_outputs(
     model: str, scenarios: tuple[Scenario, ...], options: tuple[tuple[str, Any], ...] = ()
 ) -> dict[str, list[Output]]:
     return generate(scenarios, model=model, **dict(options))
 
 
-def _compare(
+def compare(
     equality: Equality, what: str, resident: dict[str, list[Output]], offloaded: dict[str, list[Output]]
 ) -> None:
     different = []
@@ -59,8 +60,11 @@ def test_trained_model_at_every_cache_size(
     offloaded = generate(
         model=fixture_model, moe_offload="cxl", moe_offload_config={"slots": slots, "layer_buffer": layer_buffer}
     )
-    _compare(
-        equality, f"trained, slots {slots}, layer_buffer {layer_buffer}", _resident(fixture_model, SCENARIOS), offloaded
+    compare(
+        equality,
+        f"trained, slots {slots}, layer_buffer {layer_buffer}",
+        resident_outputs(fixture_model, SCENARIOS),
+        offloaded,
     )
 
 
@@ -69,7 +73,7 @@ def test_speculative_decoding(fixture_model: str, equality: Equality) -> None:
     options = {"model": fixture_model, "speculative_config": _NGRAM}
     resident = generate_in_own_process(**options)
     offloaded = generate_in_own_process(moe_offload="cxl", moe_offload_config={"slots": 2}, **options)
-    _compare(equality, "trained, n-gram speculation, slots 2", resident, offloaded)
+    compare(equality, "trained, n-gram speculation, slots 2", resident, offloaded)
 
 
 def test_tensor_parallel_2(fixture_model: str, equality: Equality) -> None:
@@ -77,14 +81,14 @@ def test_tensor_parallel_2(fixture_model: str, equality: Equality) -> None:
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_SIM_MULTI_NUMA": "1"}
     resident = generate_in_own_process(environment, **options)
     offloaded = generate_in_own_process(environment, moe_offload="cxl", moe_offload_config={"slots": "50%"}, **options)
-    _compare(equality, "trained, tensor parallel 2, slots 50%", resident, offloaded)
+    compare(equality, "trained, tensor parallel 2, slots 50%", resident, offloaded)
 
 
 def test_dummy_weights(fixture_model: str, equality: Equality) -> None:
     options = {"model": fixture_model, "load_format": "dummy"}
     resident = generate(_MATRIX_SCENARIOS, **options)
     offloaded = generate(_MATRIX_SCENARIOS, moe_offload="cxl", moe_offload_config={"slots": "50%"}, **options)
-    _compare(equality, "dummy weights, slots 50%", resident, offloaded)
+    compare(equality, "dummy weights, slots 50%", resident, offloaded)
 
 
 def test_fast_passes_fetch_every_expert_once_per_forward(fixture_model: str) -> None:
@@ -108,7 +112,7 @@ def test_default_compile_mode(fixture_model: str, equality: Equality) -> None:
     offloaded = generate(
         model=fixture_model, enforce_eager=False, moe_offload="cxl", moe_offload_config={"slots": "50%"}
     )
-    _compare(equality, "trained, compiled, slots 50%", resident, offloaded)
+    compare(equality, "trained, compiled, slots 50%", resident, offloaded)
 
 
 @pytest.mark.parametrize(("arch", "fmt"), COMBINATIONS, ids=map("-".join, COMBINATIONS))
@@ -124,13 +128,14 @@ def test_quantised_formats(arch: str, fmt: str, equality: Equality, tokenizer_di
 
 
 def _compare_checkpoint(arch: str, fmt: str, equality: Equality, tokenizer_dir: Path, folder: Path) -> None:
-    """At the smallest number of slots and at one that holds part of a batch's experts."""
+    """At the smallest number of slots from memory, and from a slab file with slots for part of a batch's experts."""
     options: dict[str, Any] = {
         "model": str(build(arch, fmt, folder, tokenizer_dir)),
         **FORMAT_ENGINE_KWARGS.get(fmt, {}),
     }
     resident = generate(_MATRIX_SCENARIOS, **options)
     topk = ARCHITECTURES[arch].get("num_experts_per_tok", 2)
-    for slots in (topk, "75%"):
-        offloaded = generate(_MATRIX_SCENARIOS, moe_offload="cxl", moe_offload_config={"slots": slots}, **options)
-        _compare(equality, f"{arch} {fmt}, slots {slots}", resident, offloaded)
+    slabs = pack_model(target=folder / "model.slabs", **options)
+    for home in ({"slots": topk}, {"slots": "75%", "banks": [f"file:{slabs}"]}):
+        offloaded = generate(_MATRIX_SCENARIOS, moe_offload="cxl", moe_offload_config=home, **options)
+        compare(equality, f"{arch} {fmt}, slots {home['slots']}", resident, offloaded)

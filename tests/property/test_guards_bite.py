@@ -18,11 +18,12 @@ from tests.property.residency_machine import ResidencyMachine
 from vllm_moecxl.control import passes
 from vllm_moecxl.control.eviction import LeastRecentlyUsed
 from vllm_moecxl.control.residency import Residency
+from vllm_moecxl.errors import TransferError
 from vllm_moecxl.runtime.dispatch import Dispatch
 
 #: The first failure is enough: no shrinking, nothing kept.
 _SEARCH = settings(max_examples=400, stateful_step_count=40, phases=[Phase.generate], report_multiple_bugs=False)
-_BITES = (AssertionError, IndexError, KeyError, ValueError, pytest.fail.Exception)
+_BITES = (AssertionError, IndexError, KeyError, ValueError, TransferError, pytest.fail.Exception)
 
 Owner = type | ModuleType
 
@@ -217,7 +218,7 @@ def test_the_pass_properties_notice_a_plan_without(
         pytest.param("_make_resident", "self._count_slots()", "pass", id="slots are counted"),
         pytest.param("_run_resident", "self.residency.release(lease)", "pass", id="a pass ends its lease"),
         pytest.param("__call__", "self.residency.release(lease)", "pass", id="a full hit ends its lease"),
-        pytest.param("_run_rows", "self._bind(self.slots)", "pass", id="the slots are bound again"),
+        pytest.param("_run_rows", "self._bind(self.slots.tensors)", "pass", id="the slots are bound again"),
         pytest.param("_run_rows", "self._bind(rows)", "pass", id="the layer buffer is bound"),
         pytest.param(
             "_run_layer_buffer",
@@ -236,9 +237,33 @@ def test_the_pass_properties_notice_a_plan_without(
         ),
         pytest.param("_run_token_passes", "topk_weights[rows]", "topk_weights[: len(rows)]", id="each token's weights"),
         pytest.param("__call__", "if not routes.size:", "if False:", id="an empty batch is nothing to lease"),
-        pytest.param("rehearse", "self.residency.require_known(routes)", "pass", id="a rehearsal checks its ids too"),
-        pytest.param("rehearse", "if self.layer_buffer is None:", "if True:", id="a rehearsal leaves the slots alone"),
-        pytest.param("rehearse", "if self._backend.is_host:", "if True:", id="a device cannot read homes"),
+        pytest.param(
+            "rehearse",
+            "self.residency.require_known(np.unique(host_ids.numpy().view(np.uint32)))",
+            "pass",
+            id="a rehearsal checks its ids too",
+        ),
+        pytest.param(
+            "rehearse",
+            "self._kernel(x, topk_weights, self._backend.to_device(host_ids % self.slots.cell_count))",
+            "self(x, topk_weights, topk_ids)",
+            id="a rehearsal leaves the slots alone",
+        ),
+        pytest.param(
+            "rehearse",
+            "self._run_rows(self.layer_buffer.tensors, x, topk_weights, host_ids)",
+            "self._run_layer_buffer(x, topk_weights, host_ids, np.unique(host_ids.numpy()).astype(np.int64))",
+            id="a rehearsal fetches nothing into the layer buffer",
+        ),
+        pytest.param("rehearse", "host_ids % self.slots.cell_count", "host_ids", id="a rehearsal stays in the slots"),
+        pytest.param("rehearse", "self._backend.is_host and ", "", id="a device cannot read homes"),
+        pytest.param("rehearse", "if not host_ids.numel():", "if False:", id="an empty batch rehearses nothing"),
+        pytest.param(
+            "_fetch",
+            "self._counters.values[self._counters.bank_up[bank_name]] = 0",
+            "pass",
+            id="a bank that cannot be read is down in the metrics",
+        ),
     ],
 )
 def test_the_dispatch_property_notices_a_dispatch_without(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 
+from tests.support.homes import store
 from vllm_moecxl.control.eviction import LeastRecentlyUsed
 from vllm_moecxl.control.residency import Residency
-from vllm_moecxl.data.banks import DramBank
 from vllm_moecxl.data.devices import CpuBackend
-from vllm_moecxl.data.slabs import Cells, Home, SlabLayout
+from vllm_moecxl.data.layout import SlabLayout
+from vllm_moecxl.data.slabs import Cells, Home
 from vllm_moecxl.runtime.counters import Counters
-from vllm_moecxl.runtime.dispatch import Dispatch
+from vllm_moecxl.runtime.dispatch import Dispatch, Tensors
 from vllm_moecxl.types import PassKind
 
 HIDDEN_SIZE = 3
@@ -36,10 +39,11 @@ class ToyMoe:
         self.bound: tuple[torch.Tensor, ...] = tuple(self.tensors.values())
         self.calls_until_failure: int | None = None
         self.reads_homes = True
+        self.home_tensors: Tensors | None = None
 
-    def bind(self, rows: Cells | Home) -> None:
-        assert self.reads_homes or isinstance(rows, Cells), "a kernel on its own device was given host memory"
-        self.bound = rows.tensors
+    def bind(self, rows: Tensors) -> None:
+        assert self.reads_homes or rows is not self.home_tensors, "a kernel on its own device was given host memory"
+        self.bound = tuple(rows)
 
     def kernel(self, x: torch.Tensor, topk_weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         assert ids.dtype is torch.int32 and ids.shape == topk_weights.shape and x.shape[0] == ids.shape[0]
@@ -72,19 +76,30 @@ class Served:
     """A toy layer behind a `Dispatch`."""
 
     def __init__(
-        self, toy: ToyMoe, slot_count: int, pass_kind: PassKind, *, has_layer_buffer: bool, is_host: bool = True
+        self,
+        toy: ToyMoe,
+        slot_count: int,
+        pass_kind: PassKind,
+        *,
+        has_layer_buffer: bool,
+        is_host: bool = True,
+        home: Home | None = None,
     ) -> None:
-        backend, bank = CpuBackend(), DramBank()
+        backend = CpuBackend()
         # A kernel on a device of its own cannot read homes: the runtime has to go by the layer buffer then.
         backend.is_host = toy.reads_homes = is_host
         expert_count = len(toy.tensors["weight"])
+        bank_names = ["dram"] if home is None else list(home.bytes_by_bank(range(expert_count)))
         layout = SlabLayout.of(toy.tensors)
         self.toy = toy
         self.slab_bytes = layout.slab_bytes
-        self.home = Home.store(bank, dict(toy.tensors))
+        self.home = home or store(dict(toy.tensors))
+        toy.home_tensors = self.home.tensors
         self.slots = Cells(layout, slot_count, backend)
         self.residency = Residency(expert_count, slot_count, LeastRecentlyUsed(slot_count))
-        self.counters = Counters([bank.name])
+        self.counters = Counters(bank_names)
+        for name in bank_names:
+            self.counters.values[self.counters.bank_up[name]] = 1
         self.dispatch = Dispatch(
             "toy",
             self.residency,
@@ -107,7 +122,7 @@ class Served:
     def check(self) -> None:
         """Assert what holds between forwards: nothing is held or under way, and each slot has its expert's bytes."""
         self.residency.check()
-        assert self.toy.bound is self.slots.tensors
+        assert all(map(operator.is_, self.toy.bound, self.slots.tensors)), "the slots are not bound"
         for slot_id in range(self.residency.slot_count):
             assert not self.residency.is_held(slot_id)
         for expert_id in self.residency.resident_mask().nonzero()[0].tolist():

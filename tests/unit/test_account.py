@@ -1,12 +1,22 @@
 """The byte account: what is planned, what is refused, and that the remedy in a refusal helps."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from vllm_moecxl.config import OffloadConfig
-from vllm_moecxl.control.account import Account, LayerNeed, Machine, plan
+from vllm_moecxl.control import account as accounts
+from vllm_moecxl.control.account import (
+    Account,
+    Holding,
+    LayerNeed,
+    Machine,
+    require_host_room,
+    sum_home_bytes,
+    wanted_device_bytes,
+)
 from vllm_moecxl.errors import CapacityError, ConfigError
 from vllm_moecxl.units import GIB, MIB
 
@@ -14,6 +24,14 @@ from vllm_moecxl.units import GIB, MIB
 LAYERS = [LayerNeed(f"layers.{i}", expert_count=8, topk=2, slab_bytes=10 * MIB) for i in range(2)]
 #: The second layer needs a larger share of its experts for one token.
 UNEVEN = [LayerNeed("a", 16, 2, 10 * MIB), LayerNeed("b", 4, 2, 10 * MIB)]
+
+
+def plan(
+    config: OffloadConfig, layers: Sequence[LayerNeed], machine: Machine, holdings: Sequence[Holding] | None = None
+) -> Account:
+    """The account with all homes in DRAM, where a test says nothing else."""
+    in_dram = [Holding("dram", sum_home_bytes(layers), on_host=True)]
+    return accounts.plan(config, layers, machine, in_dram if holdings is None else holdings)
 
 
 def config(**options: Any) -> OffloadConfig:
@@ -28,7 +46,7 @@ def test_the_account_adds_up() -> None:
     account = plan(config(slots="50%"), LAYERS, machine(1000, kv=GIB))
     assert account == Account(
         slot_counts=(4, 4),
-        home_bytes=160 * MIB,
+        holdings=(Holding("dram", 160 * MIB, on_host=True),),
         slot_bytes=80 * MIB,
         layer_buffer_bytes=80 * MIB,
         largest_layer_bytes=80 * MIB,
@@ -38,7 +56,7 @@ def test_the_account_adds_up() -> None:
 
 @pytest.mark.parametrize(("kv", "told"), [(GIB, "1.00 GiB"), (None, "what vLLM finds free")])
 def test_the_account_in_words_names_every_quantity(kv: int | None, told: str) -> None:
-    text = "\n".join(plan(config(slots="25%"), LAYERS, machine(1000, kv=kv)).lines(LAYERS, "dram"))
+    text = "\n".join(plan(config(slots="25%"), LAYERS, machine(1000, kv=kv)).lines(LAYERS))
     assert re.search(r"^experts +16 in 2 layers, 160.00 MiB$", text, re.M)
     assert re.search(r"^homes +bank dram: 160.00 MiB$", text, re.M)
     assert re.search(r"^slots +4 \(25% of the experts\), 40.00 MiB on the device$", text, re.M)
@@ -89,18 +107,49 @@ def test_no_layer_buffer_where_every_expert_has_a_slot() -> None:
     assert plan(config(slots="100%", layer_buffer=True), LAYERS, machine(160)).layer_buffer_bytes == 0
 
 
-def test_a_bank_that_is_too_small_is_refused_and_the_size_it_names_helps() -> None:
-    with pytest.raises(
-        CapacityError, match=r"banks gives 159.00 MiB to bank dram but the experts take 160.00 MiB"
-    ) as no:
-        plan(config(banks=["dram=159MiB"]), LAYERS, machine(1000))
-    size = str(no.value).rpartition(" ")[2]
-    assert plan(config(banks=[f"dram={size}"]), LAYERS, machine(1000)).home_bytes == 160 * MIB
+def test_every_bank_has_a_line_with_what_it_homes() -> None:
+    holdings = [Holding("numa:1", 100 * MIB, on_host=False), Holding("dram", 60 * MIB, on_host=True)]
+    account = plan(config(slots="25%"), LAYERS, machine(1000), holdings)
+    assert account.holdings == tuple(holdings)
+    homes = [line.split(maxsplit=1)[1] for line in account.lines(LAYERS) if line.startswith("homes")]
+    assert homes == ["bank numa:1: 100.00 MiB", "bank dram: 60.00 MiB"]
 
 
-def test_homes_that_do_not_fit_the_host_are_refused() -> None:
-    with pytest.raises(CapacityError, match=r"homes take 160.00 MiB of host memory and only 159.00 MiB are free: free"):
+def test_homes_that_do_not_fit_the_host_are_refused_with_all_that_would_help() -> None:
+    with pytest.raises(CapacityError, match=r"homes take 160.00 MiB of host memory and only 159.00 MiB are free") as no:
         plan(config(), LAYERS, machine(1000, host_mib=159))
+    assert "add a bank elsewhere (CXL memory, or a slab file made by moecxl pack)" in str(no.value)
+    require_host_room(159 * MIB, machine(0, host_mib=159))
+
+
+def test_only_homes_in_the_hosts_dram_take_the_hosts_memory() -> None:
+    outside = [Holding("numa:1", 160 * MIB, on_host=False)]
+    assert plan(config(slots="25%"), LAYERS, machine(40, host_mib=0, shared=True), outside).slot_bytes == 40 * MIB
+    both = [Holding("file:a", 100 * MIB, on_host=False), Holding("dram", 60 * MIB, on_host=True)]
+    assert plan(config(slots="25%"), LAYERS, machine(100, host_mib=60, shared=True), both).slot_bytes == 40 * MIB
+    with pytest.raises(CapacityError, match=r"39.00 MiB are left for them"):
+        plan(config(slots="25%"), LAYERS, machine(99, host_mib=60, shared=True), both)
+
+
+def test_auto_spends_what_there_is_where_no_home_is_in_the_hosts_dram() -> None:
+    outside = [Holding("file:a", 160 * MIB, on_host=False)]
+    assert plan(config(), LAYERS, machine(160, shared=True), outside).slot_counts == (8, 8)
+    assert plan(config(), LAYERS, machine(140, shared=True), outside).slot_counts == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected_mib"),
+    [
+        ({"slots": "70MiB"}, 150),
+        ({"slots": "70MiB", "layer_buffer": False}, 70),
+        ({"slots": "50%"}, 160),
+        ({"slots": 3, "layer_buffer": False}, 60),
+        ({"slots": "auto"}, 120),
+        ({}, 120),
+    ],
+)
+def test_what_the_device_has_to_give_at_least(options: dict[str, Any], expected_mib: int) -> None:
+    assert wanted_device_bytes(config(**options), LAYERS) == expected_mib * MIB
 
 
 def test_homes_and_slots_share_the_memory_of_the_host() -> None:

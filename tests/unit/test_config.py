@@ -49,8 +49,17 @@ def test_slots_take_auto_a_share_a_count_or_bytes(raw: object, expected: SlotSpe
     [
         *(("slots", raw) for raw in (0, -1, True, False, 2.0, None, [], {}, "", "0", "-3", "%", "x%", "0%", "-5%")),
         *(("slots", raw) for raw in ("100.1%", "nan%", "inf%", "0GiB", "1 XB", "GiB", "1.5", "all")),
-        *(("banks", raw) for raw in ("dram", [], (), {}, None, 1, True, [1], [None], [["dram"]], ["numa:1"], [""])),
+        *(("banks", raw) for raw in ([], (), {}, None, 1, True, [1], [None], [["dram"]], [""], ["auto"], ["cxl"])),
         *(("banks", raw) for raw in (["dram="], ["dram=0GiB"], ["dram=64"], ["dram=x"], ["dram", "dram=1GiB"])),
+        *(("banks", raw) for raw in (["dram:"], ["dram:0"], ["numa"], ["numa:"], ["numa:x"], ["numa:-1"])),
+        ("banks", ["numa:0x1"]),
+        *(("banks", raw) for raw in (["numa:1="], ["numa:1=5"], ["numa:99999"], ["numa:1", "numa:01"], ["Numa:1"])),
+        *(("banks", raw) for raw in (["file:"], ["file"], ["file:a\0b"], ["file:a", "file:b"], ["dax:"], ["dax:\0"])),
+        *(("banks", raw) for raw in (["emulated:"], ["emulated"], ["=1GiB"], [":"], ["nvme:/x"], ["dram = 64GiB"])),
+        *(("stripe", raw) for raw in ("Auto", "", None, True, False, 1, "tier", ["all"])),
+        *(("verify", raw) for raw in ("on", "", None, True, False, "Load")),
+        *(("placement_trace", raw) for raw in ("", 1, True, False, ["a"], "a\0b")),
+        *(("pack_to", raw) for raw in ("", 1, True, ["a"], "a\0b")),
         *(("eviction", raw) for raw in ("fifo", "LRU", "", None, True, ["lru"])),
         *(("passes", raw) for raw in ("slow", "Exact", None, True, 1)),
         *(("layer_buffer", raw) for raw in (0, 1, "true", "yes", None, 1.0)),
@@ -68,9 +77,57 @@ def test_a_bad_value_is_refused_with_the_option_the_value_and_a_remedy(option: s
 
 
 def test_a_bank_takes_an_optional_capacity() -> None:
-    assert parse(banks="auto").banks == (BankSpec("dram"),)
-    assert parse(banks=["dram"]).banks == (BankSpec("dram"),)
-    assert parse(banks=("dram=64GiB",)).banks == (BankSpec("dram", 64 * GIB),)
+    assert parse(banks="auto").banks is None is parse().banks
+    assert parse(banks=["dram"]).banks == parse(banks="dram").banks == (BankSpec("dram"),)
+    assert parse(banks=("dram=64GiB",)).banks == (BankSpec("dram", "", 64 * GIB),)
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected", "name"),
+    [
+        ("dram", BankSpec("dram"), "dram"),
+        ("numa:1", BankSpec("numa", "1"), "numa:1"),
+        ("numa:01=256GiB", BankSpec("numa", "1", 256 * GIB), "numa:1"),
+        ("dax:/dev/dax0.0", BankSpec("dax", "/dev/dax0.0"), "dax:/dev/dax0.0"),
+        ("dax:/dev/dax0.0=1TiB", BankSpec("dax", "/dev/dax0.0", 1024 * GIB), "dax:/dev/dax0.0"),
+        ("file:/nvme/model.slabs", BankSpec("file", "/nvme/model.slabs"), "file:/nvme/model.slabs"),
+        ("file:/nvme/a=1GiB:b", BankSpec("file", "/nvme/a=1GiB:b"), "file:/nvme/a=1GiB:b"),
+        ("emulated:cxl-d=64GiB", BankSpec("emulated", "cxl-d", 64 * GIB), "emulated:cxl-d"),
+        ("emulated:300ns,2GB/s", BankSpec("emulated", "300ns,2GB/s"), "emulated:300ns,2GB/s"),
+    ],
+)
+def test_each_kind_of_bank_has_its_spec(raw: str, expected: BankSpec, name: str) -> None:
+    assert BankSpec.parse(raw) == expected
+    assert expected.name == name
+
+
+@pytest.mark.parametrize(
+    ("option", "values", "default"),
+    [
+        ("stripe", ["auto", "never", "all"], "auto"),
+        ("verify", ["off", "load", "fetch"], "load"),
+        ("placement_trace", [None, "traces/a.npz"], None),
+        ("pack_to", [None, "/nvme/a.slabs"], None),
+    ],
+)
+def test_an_option_takes_its_values(option: str, values: list[object], default: object) -> None:
+    assert [getattr(parse(**{option: value}), option) for value in values] == values
+    assert getattr(parse(), option) == default
+
+
+@pytest.mark.parametrize(
+    "raw", ["9" * 5000, "9" * 5000 + "GiB", "0." + "9" * 5000 + "GiB", "1" * 400 + "TiB", "9" * 5000 + "%"]
+)
+def test_an_endless_number_is_a_bad_value_like_any_other(raw: str) -> None:
+    with pytest.raises(ConfigError):
+        SlotSpec.parse(raw)
+    with pytest.raises(ConfigError):
+        BankSpec.parse(f"dram={raw}")
+
+
+def test_a_key_that_is_no_text_is_unknown() -> None:
+    with pytest.raises(ConfigError, match=r"unknown option\(s\) 1, None"):
+        parse(**{"slots": "25%"}) and OffloadConfig.parse({1: 2, None: 3})  # type: ignore[dict-item]
 
 
 def test_every_eviction_policy_that_exists_can_be_chosen() -> None:
@@ -90,7 +147,7 @@ def test_layer_buffer_takes_its_values(value: object) -> None:
 
 @pytest.mark.parametrize("mode", ["cxl", "off"])
 def test_unknown_options_are_named_together_with_the_known_ones(mode: str) -> None:
-    with pytest.raises(ConfigError, match=r"unknown option\(s\) slot, zeta; .*knows banks, .*mode, .*slots$"):
+    with pytest.raises(ConfigError, match=r"unknown option\(s\) slot, zeta; .*knows banks, .*mode, .*slots, .*verify$"):
         OffloadConfig.parse({"mode": mode, "zeta": 1, "slot": 8})
 
 

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from vllm_moecxl.runtime.counters import Counters, Metric, Row, by_label, read_rows, sum_rows
+from vllm_moecxl.runtime.counters import BANK_BYTES_KINDS, Counters, Metric, Row, by_label, read_rows, sum_rows
 from vllm_moecxl.types import Lookup, PassKind, SlotState
 
 _READ_IN_ANOTHER_PROCESS = """
@@ -34,6 +34,8 @@ def test_there_is_a_row_for_every_outcome_bank_pass_and_state() -> None:
         (Metric.STALL_SECONDS,),
         *((Metric.PASSES, kind.value) for kind in PassKind),
         *((Metric.SLOTS, state.name.lower()) for state in SlotState),
+        *((metric, bank) for metric in (Metric.BANK_UP, Metric.BANK_BANDWIDTH) for bank in ("dram", "cxl")),
+        *((Metric.BANK_BYTES, bank, kind) for bank in ("dram", "cxl") for kind in BANK_BYTES_KINDS),
     }
     assert all(row.value == 0 for row in rows)
 
@@ -46,6 +48,9 @@ def test_the_indices_name_the_rows_that_they_say() -> None:
     assert by_index[counters.fetch_bytes["dram"]].metric is Metric.FETCH_BYTES
     assert by_index[counters.single_pass].labels == {"kind": "single"}
     assert by_index[counters.slots[SlotState.FILLING]].labels == {"state": "filling"}
+    assert by_index[counters.bank_up["dram"]].metric is Metric.BANK_UP
+    assert by_index[counters.bank_bandwidth["dram"]].metric is Metric.BANK_BANDWIDTH
+    assert by_index[counters.bank_bytes["dram", "astray"]].labels == {"bank": "dram", "kind": "astray"}
 
 
 def test_stalls_are_counted_in_nanoseconds_and_shown_in_seconds() -> None:
@@ -98,6 +103,18 @@ def test_workers_are_added_up_by_metric_and_labels(tmp_path: Path) -> None:
     assert by_label(total, Metric.LOOKUPS, "outcome")["hit"] == one.values[one.hit] + two.values[two.hit]
     assert len(total) == len(two.rows())
     assert sum_rows(iter(())) == []
+
+
+def test_a_bank_is_up_where_it_is_up_for_every_worker_and_as_fast_as_the_fastest_found_it() -> None:
+    workers = [Counters(["dram"]), Counters(["dram"])]
+    for counters, is_up, bandwidth in zip(workers, (1, 0), (5, 7), strict=True):
+        counters.values[counters.bank_up["dram"]] = is_up
+        counters.values[counters.bank_bandwidth["dram"]] = bandwidth
+        counters.values[counters.bank_bytes["dram", "used"]] = 3
+    total = sum_rows(counters.rows() for counters in workers)
+    assert by_label(total, Metric.BANK_UP, "bank") == {"dram": 0.0}
+    assert by_label(total, Metric.BANK_BANDWIDTH, "bank") == {"dram": 7.0}
+    assert by_label(total, Metric.BANK_BYTES, "kind") == {"capacity": 0.0, "used": 6.0, "astray": 0.0}
 
 
 def test_by_label_adds_up_all_other_labels() -> None:

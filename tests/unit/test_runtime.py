@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tests.property.toy_moe import HIDDEN_SIZE, ToyMoe
+from tests.support.homes import PROFILE, dram
 from vllm_moecxl.config import OffloadConfig
 from vllm_moecxl.control.account import LayerNeed
+from vllm_moecxl.data.banks.base import Bank
+from vllm_moecxl.data.banks.file import FileBank
 from vllm_moecxl.data.devices import CpuBackend
-from vllm_moecxl.errors import CapacityError, ConfigError, IntegrityError
+from vllm_moecxl.errors import CapacityError, ConfigError, IntegrityError, TransferError
 from vllm_moecxl.runtime.counters import Metric, by_label
 from vllm_moecxl.runtime.dispatch import Kernel
+from vllm_moecxl.runtime.packing import Packer
 from vllm_moecxl.runtime.runtime import LoadedLayer, OffloadRuntime
 from vllm_moecxl.types import PassKind
 
@@ -33,10 +39,18 @@ class SmallBackend(CpuBackend):
         return self._free_bytes
 
 
-def start(*expert_counts: int, free_bytes: int = 1 << 40, **options: Any) -> OffloadRuntime:
+def start(
+    *expert_counts: int, free_bytes: int = 1 << 40, banks: Sequence[Bank] | None = None, **options: Any
+) -> OffloadRuntime:
     """A runtime with a declared layer for each count, and its plan."""
     config = OffloadConfig.parse({"mode": "cxl", "slots": "50%", **options})
-    runtime = OffloadRuntime(config, SmallBackend(free_bytes), torch.device("cpu"), logging.getLogger("moecxl-test"))
+    runtime = OffloadRuntime(
+        config,
+        SmallBackend(free_bytes),
+        torch.device("cpu"),
+        logging.getLogger("moecxl-test"),
+        [dram()] if banks is None else banks,
+    )
     for index, expert_count in enumerate(expert_counts):
         runtime.declare(LayerNeed(f"layers.{index}", expert_count, TOPK, SLAB_BYTES))
     runtime.plan(kv_cache_bytes=None, device_reserve_bytes=0)
@@ -46,6 +60,7 @@ def start(*expert_counts: int, free_bytes: int = 1 << 40, **options: Any) -> Off
 def loaded(toy: ToyMoe, index: int = 0, kernel: Kernel | None = None, kind: PassKind = PassKind.TOKEN) -> LoadedLayer:
     return LoadedLayer(
         name=f"layers.{index}",
+        expert_count=len(toy.tensors["weight"]),
         topk=TOPK,
         tensors=dict(toy.tensors),
         kernel=kernel or toy.kernel,
@@ -161,8 +176,8 @@ def test_the_gauge_of_slots_covers_all_layers() -> None:
 def test_what_does_not_fit_is_refused_before_anything_is_loaded() -> None:
     with pytest.raises(CapacityError, match=r"slots='50%' takes .* are left for them"):
         start(EXPERT_COUNT, free_bytes=EXPERT_COUNT * SLAB_BYTES)
-    with pytest.raises(CapacityError, match="banks gives 100 B to bank dram"):
-        start(EXPERT_COUNT, banks=["dram=100B"])
+    with pytest.raises(CapacityError, match="bank"):
+        start(EXPERT_COUNT, banks=[dram(capacity_bytes=100)])
 
 
 def test_the_homes_own_the_only_copy() -> None:
@@ -170,4 +185,124 @@ def test_the_homes_own_the_only_copy() -> None:
     layer = loaded(ToyMoe(EXPERT_COUNT, 1))
     runtime.install(layer)
     assert not layer.tensors
-    assert runtime.bank.used_bytes == EXPERT_COUNT * SLAB_BYTES
+    assert runtime.banks[0].used_bytes == EXPERT_COUNT * SLAB_BYTES
+
+
+def packed_toys(folder: Path, toys: Sequence[ToyMoe], kernel_of: Callable[[ToyMoe], Kernel] | None = None) -> FileBank:
+    """The toys' layers in a slab file, as `moecxl pack` writes it."""
+    done: list[tuple[int, int, int]] = []
+    packer = Packer(
+        folder / "toy.slabs",
+        {"model": "toy"},
+        torch.device("cpu"),
+        logging.getLogger("moecxl-test"),
+        lambda *progress: done.append(progress),
+    )
+    for index, toy in enumerate(toys):
+        packer.declare(LayerNeed(f"layers.{index}", len(toy.tensors["weight"]), TOPK, SLAB_BYTES))
+    packer.begin()
+    for index, toy in enumerate(toys):
+        layer = loaded(toy, index, kernel_of(toy) if kernel_of else None)
+        packer.install(layer)
+        assert not layer.tensors
+    assert packer.finish() == (folder / "toy.slabs").stat().st_size
+    assert done == [(i + 1, len(toys), len(toys[0].tensors["weight"]) * SLAB_BYTES) for i in range(len(toys))]
+    return FileBank(folder / "toy.slabs", "file", PROFILE)
+
+
+def from_file(bank: FileBank, toy: ToyMoe, index: int = 0, kernel: Kernel | None = None) -> LoadedLayer:
+    """A layer whose tensors are stand-ins: the slab file has the real ones."""
+    layer = loaded(toy, index, kernel)
+    layer.tensors = {name: torch.empty(0) for name in layer.tensors}
+    layer.packed = bank.slabs.layers[layer.name]
+    return layer
+
+
+@pytest.mark.parametrize("with_dram", [False, True])
+@pytest.mark.parametrize("options", [{}, {"slots": "100%"}, {"verify": "fetch"}, {"layer_buffer": False}])
+def test_a_packed_model_is_served_from_its_file_with_the_packers_own_bits(
+    tmp_path: Path, options: dict[str, Any], *, with_dram: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    toys = [ToyMoe(EXPERT_COUNT, seed) for seed in (1, 2)]
+    file = packed_toys(tmp_path, toys)
+    assert len(file.slabs.layers["layers.0"].check) == 3 and not file.slabs.layers["layers.1"].check
+    room = 3 * SLAB_BYTES
+    banks = [dram(capacity_bytes=room), file] if with_dram else [file]
+    runtime = start(EXPERT_COUNT, EXPERT_COUNT, banks=banks, **options)
+    for index, toy in enumerate(toys):
+        dispatch = runtime.install(from_file(file, toy, index))
+        assert torch.equal(dispatch(*wide_batch()), toy.direct(*wide_batch()))
+    assert caplog.text.count("bit-equal in the self-check") == 1
+    used = [bank.used_bytes for bank in banks]
+    assert sum(used) == 2 * EXPERT_COUNT * SLAB_BYTES and used[:-1] == [room] * with_dram
+    assert by_label(runtime.counters.rows(), Metric.BANK_UP, "bank") == {bank.name: 1.0 for bank in banks}
+    assert "bank file:toy.slabs: " in caplog.text
+
+
+def test_a_kernel_that_no_longer_gives_what_was_packed_does_not_start(tmp_path: Path) -> None:
+    toy = ToyMoe(EXPERT_COUNT, 1)
+    file = packed_toys(tmp_path, [toy], kernel_of=lambda toy: toy.kernel)
+    changed = from_file(file, toy, kernel=lambda x, weights, ids: toy.kernel(x, weights, ids) + 1)
+    with pytest.raises(IntegrityError, match=r"self-check of layers.0: .* OddKernel here"):
+        start(EXPERT_COUNT, banks=[file], slots="100%").install(changed)
+
+
+def test_a_slab_file_of_another_model_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    file = packed_toys(tmp_path, [ToyMoe(EXPERT_COUNT, 1)])
+    for counts in ((EXPERT_COUNT, EXPERT_COUNT), (EXPERT_COUNT - 2,)):
+        with pytest.raises(IntegrityError, match=r"bank file:toy.slabs has no \d experts of layer layers.\d: pack"):
+            start(*counts, banks=[file])
+
+
+@pytest.mark.parametrize("broken", ["TransferError", "IntegrityError"])
+def test_a_bank_that_fails_is_down_in_the_metrics_and_the_forward_fails(tmp_path: Path, broken: str) -> None:
+    toy = ToyMoe(EXPERT_COUNT, 1)
+    file = packed_toys(tmp_path, [toy])
+    runtime = start(EXPERT_COUNT, banks=[file], passes="fast", verify="fetch")
+    dispatch = runtime.install(from_file(file, toy))
+    batch = (torch.ones(1, HIDDEN_SIZE), torch.ones(1, TOPK), torch.tensor([[2, 3]], dtype=torch.int32))
+    up = runtime.counters.bank_up[file.name]
+    assert runtime.counters.values[up] == 1
+    path = file.slabs.path
+    if broken == "TransferError":
+        os.truncate(path, 5000)
+    else:
+        with path.open("r+b") as opened:
+            opened.seek(file.slabs.layers["layers.0"].starts[0])
+            opened.write(b"\xff" * EXPERT_COUNT * SLAB_BYTES)
+    with pytest.raises(TransferError if broken == "TransferError" else IntegrityError):
+        dispatch(*batch)
+    assert runtime.counters.values[up] == 0
+    assert not dispatch.residency.resident_mask().any(), "no half slab stays"
+
+
+def test_verify_fetch_looks_at_every_slab_of_every_bank() -> None:
+    toy = ToyMoe(EXPERT_COUNT, 1)
+    runtime = start(EXPERT_COUNT, verify="fetch", passes="fast")
+    dispatch = runtime.install(loaded(toy))
+    assert dispatch.home.tensors is not None
+    dispatch.home.tensors[0][3, 0, 0] += 1
+    ids = torch.tensor([[3, 4]], dtype=torch.int32)
+    with pytest.raises(IntegrityError, match=r"expert 3 of layers.0 is not what was stored in bank dram"):
+        dispatch(torch.ones(1, HIDDEN_SIZE), torch.ones(1, TOPK), ids)
+
+
+def test_what_each_bank_has_is_in_the_metrics() -> None:
+    room = EXPERT_COUNT // 2 * int(SLAB_BYTES * 1.02)
+    small = dram("small", room)
+    runtime = start(EXPERT_COUNT, banks=[small, dram("large")])
+    toy = ToyMoe(EXPERT_COUNT, 1)
+    dispatch = runtime.install(loaded(toy))
+    assert torch.equal(dispatch(*wide_batch()), toy.direct(*wide_batch()))
+    rows = {
+        (row.labels["bank"], row.labels.get("kind", row.metric.name)): row.value
+        for row in runtime.counters.rows()
+        if row.metric in (Metric.BANK_BYTES, Metric.BANK_UP, Metric.BANK_BANDWIDTH)
+    }
+    assert rows["small", "capacity"] == room and 0 < rows["small", "used"] <= room
+    assert rows["small", "used"] + rows["large", "used"] == EXPERT_COUNT * SLAB_BYTES
+    assert rows["small", "astray"] == 0 and rows["small", "BANK_UP"] == rows["large", "BANK_UP"] == 1
+    assert rows["small", "BANK_BANDWIDTH"] == PROFILE.read_bytes_per_s
+    fetched = by_label(runtime.counters.rows(), Metric.FETCH_BYTES, "bank")
+    assert fetched["small"] > 0 and fetched["large"] > 0

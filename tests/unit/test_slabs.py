@@ -1,36 +1,32 @@
-"""Slabs, homes, cells and banks: every extent of an expert moves, bit by bit, whatever its type and shape."""
+"""Slabs, homes and cells: every extent of an expert moves, bit by bit, whatever its type, its shape and its banks."""
+
+from __future__ import annotations
 
 import gc
 import itertools
+import threading
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from moecxl_kernels.host import copy_rows
 
-from vllm_moecxl.config import BankSpec
-from vllm_moecxl.data.banks import DramBank, make_bank
+from tests.support.homes import PROFILE, WHOLE, assert_same_bits, bits, dram, random_bits, store
+from tests.support.slabfiles import Contents, pack
+from vllm_moecxl.config import Verify
+from vllm_moecxl.control.placement import Part, Route
+from vllm_moecxl.data.banks.base import Bank, RowCopy
+from vllm_moecxl.data.banks.file import FileBank
+from vllm_moecxl.data.banks.memory import DramBank, MemoryRows
 from vllm_moecxl.data.devices import CpuBackend, make_backend
-from vllm_moecxl.data.slabs import Cells, Extent, Home, SlabLayout
-from vllm_moecxl.errors import CapacityError
+from vllm_moecxl.data.layout import Extent, SlabLayout
+from vllm_moecxl.data.links import Links
+from vllm_moecxl.data.slabs import STRIPE_GRANULE_BYTES, Cells, Home, HomeBuilder
+from vllm_moecxl.errors import CapacityError, IntegrityError, TransferError
 
 DTYPES = [torch.uint8, torch.int8, torch.int32, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn]
 ROW_SHAPES: list[tuple[int, ...]] = [(), (1,), (3,), (5, 7), (2, 3, 129)]
-
-
-def random_bits(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    """A tensor of random bytes: every bit pattern has to survive, NaNs too."""
-    generator = torch.Generator().manual_seed(seed)
-    raw = torch.randint(256, (*shape[:-1], shape[-1] * dtype.itemsize), dtype=torch.uint8, generator=generator)
-    return raw.view(dtype)
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
-
-
-def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    assert actual.shape == expected.shape and actual.dtype == expected.dtype
-    assert torch.equal(bits(actual), bits(expected))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -63,7 +59,7 @@ def test_slab_bytes_are_the_sum_of_every_tensors_row() -> None:
     layout = SlabLayout.of(tensors)
     assert layout.slab_bytes * 6 == sum(tensor.nbytes for tensor in tensors.values())
     assert layout.extents[3] == Extent("t3", (5, 7), torch.uint8)
-    assert Home.store(DramBank(), tensors).slab_bytes == layout.slab_bytes
+    assert store(tensors).slab_bytes == layout.slab_bytes
 
 
 def test_layouts_agree_only_with_equal_names_shapes_and_types() -> None:
@@ -78,27 +74,26 @@ def test_a_home_owns_copies_and_takes_the_sources_away() -> None:
     tensors = layer()
     originals = {name: tensor.clone() for name, tensor in tensors.items()}
     sources = list(tensors.values())
-    home = Home.store(DramBank(), tensors)
+    home = store(tensors)
     assert not tensors
     for source in sources:
         bits(source).zero_()
+    assert home.tensors is not None and home.is_direct
     for stored, expected in zip(home.tensors, originals.values(), strict=True):
         assert stored.is_contiguous()
         assert_same_bits(stored, expected)
 
 
-def test_a_home_straightens_a_source_that_is_not_contiguous() -> None:
-    source = torch.arange(24.0).view(4, 2, 3).transpose(1, 2)
-    home = Home.store(DramBank(), {"w": source})
-    assert home.tensors[0].is_contiguous()
-    assert torch.equal(home.tensors[0], source)
+def test_a_source_that_is_not_contiguous_is_our_bug() -> None:
+    with pytest.raises(AssertionError):
+        store({"w": torch.arange(24.0).view(4, 2, 3).transpose(1, 2)})
 
 
 def test_a_fetch_moves_every_extent_of_an_expert() -> None:
     tensors = layer()
     originals = list(tensors.values())
     layout = SlabLayout.of(tensors)
-    home = Home.store(DramBank(), tensors)
+    home = store(tensors)
     cells = Cells(layout, 3, CpuBackend())
     assert not any(bits(tensor).any() for tensor in cells.tensors), "an empty cell holds zeros"
     cells.fetch(home, [4, 1], [2, 0])
@@ -113,29 +108,15 @@ def test_cells_take_slabs_from_other_cells() -> None:
     originals = list(tensors.values())
     layout = SlabLayout.of(tensors)
     slots, buffer = Cells(layout, 2, CpuBackend()), Cells(layout, 6, CpuBackend())
-    slots.fetch(Home.store(DramBank(), tensors), [3, 5], [0, 1])
+    slots.fetch(store(tensors), [3, 5], [0, 1])
     buffer.take(slots, [1, 0], [5, 3])
     for stored, original in zip(buffer.tensors, originals, strict=True):
         assert_same_bits(stored[5], original[5])
         assert_same_bits(stored[3], original[3])
 
 
-def test_a_full_bank_refuses_with_its_name_and_counts_only_what_it_gave() -> None:
-    bank = make_bank(BankSpec("dram", capacity_bytes=100))
-    bank.allocate((10, 5), torch.int16)
-    with pytest.raises(CapacityError, match="bank dram holds 100 B, has 100 B in use and cannot take 1 B more: raise"):
-        bank.allocate((1,), torch.uint8)
-    assert bank.used_bytes == 100
-
-
-def test_a_bank_without_a_limit_keeps_count() -> None:
-    bank = make_bank(BankSpec("dram"))
-    bank.allocate((1000, 3), torch.float64)
-    assert bank.used_bytes == 24_000 and bank.name == bank.tier == "dram"
-
-
 def test_memory_lives_as_long_as_a_view_of_it() -> None:
-    view = DramBank().allocate((1024, 1024), torch.int32).fill_(3)[7]
+    view = dram().allocate((1024, 1024), torch.int32).fill_(3)[7]
     gc.collect()
     assert (view == 3).all()
 
@@ -163,3 +144,244 @@ def test_a_host_device_hands_tensors_through() -> None:
     backend = make_backend(torch.device("cpu"))
     tensor = torch.zeros(2)
     assert backend.is_host and backend.to_device(tensor) is tensor and backend.free_bytes() > 0
+
+
+#: Rows shorter and longer than a stripe's granule, odd and even, and a scale for each expert.
+RAGGED = (1, 7, STRIPE_GRANULE_BYTES - 1, STRIPE_GRANULE_BYTES, 3 * STRIPE_GRANULE_BYTES + 5, 100_003)
+EXPERT_COUNT = 6
+STRIPE_OF_TWO: Route = (Part(0, 0.3), Part(1, 0.7))
+STRIPE_OF_THREE: Route = (Part(2, 0.25), Part(0, 0.5), Part(1, 0.25))
+
+
+def ragged_layer() -> dict[str, torch.Tensor]:
+    tensors = {f"r{n}": random_bits((EXPERT_COUNT, n), torch.uint8, n) for n in RAGGED}
+    return {**tensors, "scale": random_bits((EXPERT_COUNT,), torch.float32, 7)}
+
+
+def assert_reads_back(home: Home, originals: dict[str, torch.Tensor], expert_ids: Sequence[int]) -> None:
+    """Each slab, read together with the others, is what was stored."""
+    targets = [
+        [torch.full((extent.row_bytes,), 0xAA, dtype=torch.uint8) for extent in home.layout.extents] for _ in expert_ids
+    ]
+    home.read(expert_ids, targets)
+    for expert_id, target in zip(expert_ids, targets, strict=True):
+        for row, original in zip(target, originals.values(), strict=True):
+            assert torch.equal(row, bits(original[expert_id]))
+
+
+ROUTES: dict[str, list[Route]] = {
+    "one bank": [WHOLE] * EXPERT_COUNT,
+    "sharded over two": [(Part(expert_id % 2, 1.0),) for expert_id in range(EXPERT_COUNT)],
+    "striped over two": [STRIPE_OF_TWO] * EXPERT_COUNT,
+    "striped over three": [STRIPE_OF_THREE] * EXPERT_COUNT,
+    "of every kind": [STRIPE_OF_THREE, WHOLE, STRIPE_OF_TWO, (Part(2, 1.0),), STRIPE_OF_THREE, (Part(1, 1.0),)],
+}
+
+
+def banks_of_three() -> list[DramBank]:
+    return [dram(name) for name in ("a", "b", "c")]
+
+
+@pytest.mark.parametrize("verify", ["off", "load", "fetch"])
+@pytest.mark.parametrize("routes", ROUTES.values(), ids=ROUTES)
+def test_slabs_come_back_from_wherever_they_were_routed(routes: list[Route], verify: Verify) -> None:
+    check_routes(routes, verify)
+
+
+def check_routes(routes: list[Route], verify: Verify = "off") -> None:
+    originals = ragged_layer()
+    banks = banks_of_three()
+    home = store(dict(originals), routes, banks, verify)
+    assert_reads_back(home, originals, range(EXPERT_COUNT))
+    assert_reads_back(home, originals, [4, 0])
+    expected = {"a", "b", "c"} if any(len(route) == 3 for route in routes) else None
+    for expert_id, route in enumerate(routes):
+        counts = home.bytes_by_bank([expert_id])
+        assert sum(counts.values()) == home.slab_bytes
+        assert set(counts) == {banks[part.bank_index].name for part in route}
+    total = home.bytes_by_bank(range(EXPERT_COUNT))
+    assert total == {bank.name: bank.used_bytes for bank in banks if bank.used_bytes}
+    assert expected is None or set(total) == expected
+    is_one = len(set(routes)) == 1 and len(routes[0]) == 1
+    assert (home.tensors is not None) == home.is_direct == is_one
+
+
+@pytest.mark.parametrize("verify", ["off", "load", "fetch"])
+@pytest.mark.parametrize("is_host", [True, False])
+@pytest.mark.parametrize("routes", ROUTES.values(), ids=ROUTES)
+def test_cells_are_filled_from_any_route_through_staging_where_the_device_reads_no_bank(
+    routes: list[Route], is_host: bool, verify: Verify
+) -> None:
+    check_staging(routes, is_host, verify)
+
+
+def check_staging(
+    routes: list[Route] = ROUTES["striped over two"], is_host: bool = False, verify: Verify = "off"
+) -> None:
+    class Backend(CpuBackend):
+        def __init__(self) -> None:
+            self.is_host = is_host
+            self.sources: list[torch.Tensor] = []
+
+        def copy_rows(self, sources: Sequence[torch.Tensor], *rest: Sequence[object]) -> None:
+            self.sources += sources
+            super().copy_rows(sources, *rest)  # type: ignore[arg-type]
+
+    originals = ragged_layer()
+    home = store(dict(originals), routes, banks_of_three(), verify)
+    backend = Backend()
+    cells = Cells(home.layout, 3, backend)
+    cells.fetch(home, [5, 2], [0, 2])
+    for stored, original in zip(cells.tensors, originals.values(), strict=True):
+        assert_same_bits(stored[0], original[5])
+        assert_same_bits(stored[2], original[2])
+        assert not bits(stored[1]).any()
+    if home.is_direct:
+        assert home.tensors is not None and all(a is b for a, b in zip(backend.sources, home.tensors, strict=True))
+    elif is_host:
+        assert not backend.sources
+    else:  # a slab at a time, through the same memory
+        count = len(originals)
+        assert [tensor.shape[0] for tensor in backend.sources] == [1] * 2 * count
+        assert all(a is b for a, b in zip(backend.sources[:count], backend.sources[count:], strict=True))
+
+
+def test_rows_are_copied_past_the_bank_only_where_it_allows_that() -> None:
+    for reads_safely in (False, True):
+        bank = dram()
+        bank.reads_safely = reads_safely
+        home = store(ragged_layer(), banks=[bank])
+        assert home.tensors is not None and home.is_direct != reads_safely
+
+
+def test_banks_of_the_same_name_are_two_banks() -> None:
+    originals = ragged_layer()
+    home = store(dict(originals), ROUTES["striped over two"], [dram("x"), dram("x")])
+    assert_reads_back(home, originals, range(EXPERT_COUNT))
+
+
+@pytest.mark.parametrize("verify", ["off", "load", "fetch"])
+def test_a_byte_that_flips_in_memory_is_noticed_by_verify_fetch_alone(verify: Verify) -> None:
+    for routes in ROUTES.values():
+        originals = ragged_layer()
+        banks = banks_of_three()
+        for bank in banks:
+            bank.reads_safely = verify == "fetch"  # as the runtime sets it
+        home = store(dict(originals), routes, banks, verify)
+        assert_reads_back(home, originals, range(EXPERT_COUNT))
+        shard, row_id = next((home.shards[shard_id], row_id) for shard_id, row_id in home._places[2])
+        rows = next(rows for rows in reversed(shard.rows) if rows is not None and rows.row_bytes > 4)
+        rows.as_bytes[row_id, rows.row_bytes // 2] ^= 1  # type: ignore[attr-defined]
+        cells = Cells(home.layout, 1, CpuBackend())
+        cells.fetch(home, [1], [0])
+        if verify == "fetch":
+            with pytest.raises(
+                IntegrityError, match=r"expert 2 of layer is not what was stored in bank .*: the memory"
+            ):
+                cells.fetch(home, [2], [0])
+        else:
+            cells.fetch(home, [2], [0])
+
+
+def pack_ragged(folder: Path, originals: dict[str, torch.Tensor]) -> FileBank:
+    return FileBank(pack(folder / "model.slabs", {"layer": Contents(originals)}), "file", PROFILE)
+
+
+@pytest.fixture
+def packed(tmp_path: Path) -> tuple[FileBank, dict[str, torch.Tensor]]:
+    originals = ragged_layer()
+    return pack_ragged(tmp_path, originals), originals
+
+
+FILE_ROUTES: dict[str, list[Route]] = {
+    "file alone": [(Part(2, 1.0),)] * EXPERT_COUNT,
+    "memory alone": [WHOLE] * EXPERT_COUNT,
+    "striped memory alone": [STRIPE_OF_TWO] * EXPERT_COUNT,
+    "both": [(Part(2, 1.0),), WHOLE, STRIPE_OF_TWO, (Part(2, 1.0),), (Part(1, 1.0),), STRIPE_OF_TWO],
+}
+
+
+@pytest.mark.parametrize("verify", ["off", "load", "fetch"])
+@pytest.mark.parametrize("routes", FILE_ROUTES.values(), ids=FILE_ROUTES)
+def test_a_packed_layer_is_adopted_into_the_file_and_into_memory(
+    packed: tuple[FileBank, dict[str, torch.Tensor]], routes: list[Route], verify: Verify
+) -> None:
+    file, originals = packed
+    banks: list[Bank] = [dram("a"), dram("b"), file]
+    home = HomeBuilder(banks, Links(3), verify).adopt(file.slabs.layers["layer"], file, routes)
+    assert_reads_back(home, originals, range(EXPERT_COUNT))
+    in_file = sum(route == (Part(2, 1.0),) for route in routes)
+    assert file.used_bytes == in_file * home.slab_bytes
+    assert home.bytes_by_bank(range(EXPERT_COUNT)) == {bank.name: bank.used_bytes for bank in banks if bank.used_bytes}
+    assert home.is_direct == (routes == FILE_ROUTES["memory alone"])
+    cells = Cells(home.layout, EXPERT_COUNT, CpuBackend())
+    cells.fetch(home, list(range(EXPERT_COUNT)), list(range(EXPERT_COUNT)))
+    for stored, original in zip(cells.tensors, originals.values(), strict=True):
+        assert_same_bits(stored, original)
+
+
+@pytest.mark.parametrize("verify", ["off", "load", "fetch"])
+def test_a_damaged_slab_is_not_taken_into_memory_unless_nobody_looks(
+    packed: tuple[FileBank, dict[str, torch.Tensor]], verify: Verify
+) -> None:
+    file, originals = packed
+    start = file.rows(file.slabs.layers["layer"])[-1].start + 3 * 4
+    with file.slabs.path.open("r+b") as opened:
+        opened.seek(start)
+        opened.write(bytes([bits(originals["scale"])[12].item() ^ 1]))
+    builder = HomeBuilder([dram(), dram("b"), file], Links(3), verify)
+    if verify == "off":
+        assert builder.adopt(file.slabs.layers["layer"], file, [WHOLE] * EXPERT_COUNT).is_direct
+        return
+    with pytest.raises(IntegrityError, match=r"expert 3 of layer is not what was stored in bank file:model.slabs"):
+        builder.adopt(file.slabs.layers["layer"], file, [WHOLE] * EXPERT_COUNT)
+
+
+def test_a_bank_that_is_too_small_for_its_part_refuses_it() -> None:
+    slab_bytes = SlabLayout.of(ragged_layer()).slab_bytes
+    banks = [dram("a"), dram("small", slab_bytes * EXPERT_COUNT // 2)]
+    with pytest.raises(CapacityError, match=r"bank small holds .* and cannot take"):
+        store(ragged_layer(), ROUTES["striped over two"], banks)
+
+
+class Failing(DramBank):
+    """A bank whose reads wait for a word, and may fail."""
+
+    def __init__(self, name: str, error: Exception | None, waits_for: threading.Event | None = None) -> None:
+        super().__init__(name, name, None, PROFILE)
+        self.error, self.waits_for, self.read_count, self.ended = error, waits_for, 0, threading.Event()
+
+    def read(self, copies: Sequence[RowCopy]) -> None:
+        self.read_count += 1
+        if self.waits_for is not None:
+            assert self.waits_for.wait(10)
+        if self.error is None:
+            super().read(copies)
+        self.ended.set()
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.mark.parametrize("failing", ["first", "second", "third"])
+def test_an_error_of_one_bank_is_told_only_when_the_copies_of_all_have_ended(failing: str) -> None:
+    error = TransferError("gone")
+    bad = Failing("bad", error)
+    slow = [Failing("b", None, bad.ended), Failing("c", None, bad.ended)]
+    place = ["first", "second", "third"].index(failing)
+    banks = [*slow[:place], bad, *slow[place:]]
+    links = Links(3)
+    target = torch.zeros(4, dtype=torch.uint8)
+    with pytest.raises(TransferError) as caught:
+        links.read([(bank, [RowCopy(MemoryRows.of(bank.allocate((1, 4), torch.uint8)), 0, target)]) for bank in banks])
+    assert caught.value is error
+    assert [bank.read_count for bank in banks] == [1, 1, 1] and all(bank.ended.is_set() for bank in banks)
+    links.close()
+
+
+def test_a_bank_that_got_no_part_of_short_rows_has_no_part_in_their_fetch() -> None:
+    home = store({"scale": random_bits((2, 5), torch.uint8)}, [STRIPE_OF_TWO] * 2, [dram("a"), dram("b")])
+    assert home.bytes_by_bank([0, 1]) == {"b": 10} and list(home.bytes_by_bank([0])) == ["b"]
+
+
+def test_nothing_to_read_is_no_work() -> None:
+    Links(1).read([])

@@ -16,6 +16,7 @@ from typing import Any
 from vllm_moecxl.commands.findings import Finding
 from vllm_moecxl.commands.installed import judge_engine, judge_plugin, read_engine, read_plugin
 from vllm_moecxl.commands.machine import judge_devices, judge_memory, read_devices, read_memory
+from vllm_moecxl.commands.profile import in_rate, in_seconds
 from vllm_moecxl.commands.topology import judge_memory_device, judge_region
 from vllm_moecxl.linux.topology import SYSFS, Topology, read_topology
 from vllm_moecxl.units import format_bytes
@@ -58,6 +59,7 @@ def examine(sysfs: Path) -> dict[str, Any]:
             *judge_memory(memory, engine.kind),
             *judge_nodes(topology, engine.kind),
             *judge_cxl(topology),
+            *judge_profiles(topology),
         ],
         "engine": asdict(engine),
         "plugin": {**asdict(plugin), "is_active": plugin.is_active},
@@ -99,6 +101,28 @@ def judge_cxl(topology: Topology) -> Iterator[Finding]:
         yield judge_memory_device(memory)
     for region in topology.regions:
         yield judge_region(region, topology)
+
+
+def judge_profiles(topology: Topology) -> Iterator[Finding]:
+    """Whether the banks that "auto" takes have been measured."""
+    try:
+        from vllm_moecxl.data.banks.make import auto_specs, bank_identity
+        from vllm_moecxl.data.profiles import load_profiles, machine_identity
+        from vllm_moecxl.data.profiling import measurement_dates
+    except ImportError:  # without PyTorch there is no data plane; the engine's findings say so
+        return
+    machine = machine_identity(topology)
+    measured, dates = load_profiles(machine).measured, measurement_dates(machine)
+    for spec in auto_specs(topology):
+        topic = "memory" if spec.kind == "dram" else "cxl"
+        identity = bank_identity(spec, topology)
+        if (figures := measured.get(identity)) is None:
+            remedy = f"placement plans with published figures, run moecxl profile {spec.name}"
+            yield Finding("note", topic, f"bank {spec.name}: not measured, {remedy}")
+        else:
+            what = f"{in_seconds(figures.latency_s)}, {in_rate(figures.read_bytes_per_s)}"
+            when = dates.get(identity, "at an unknown time")
+            yield Finding("ok", topic, f"bank {spec.name}: {what}, measured {when}")
 
 
 def in_words(findings: list[Finding]) -> Iterator[str]:

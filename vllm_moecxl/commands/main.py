@@ -9,12 +9,17 @@ from types import ModuleType
 from typing import NoReturn
 
 from vllm_moecxl import __version__
-from vllm_moecxl.commands import doctor, pack, topology
+from vllm_moecxl.commands import doctor, pack, profile, topology
 from vllm_moecxl.errors import MoeOffloadError
 
 #: Each subcommand is a module whose docstring's first line is its help, with `add_arguments(parser)` and `run(args)`.
 #: One with `TAKES_ENGINE_ARGUMENTS` finds what it does not know itself in `args.engine_arguments`.
-SUBCOMMANDS: dict[str, ModuleType] = {"doctor": doctor, "topology": topology, "pack": pack}
+SUBCOMMANDS: dict[str, ModuleType] = {
+    "doctor": doctor,
+    "topology": topology,
+    "profile": profile,
+    "pack": pack,
+}
 
 #: Exit codes: 1 is for what a subcommand looked for and found, 2 for a command that could not be carried out.
 EXIT_USAGE = 2
@@ -50,3 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         subparser.add_argument("--json", action="store_true", help="print exactly one JSON object")
         module.add_arguments(subparser)
     return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -16,7 +16,7 @@ TAIL_SHARE = 0.01
 TAIL_LATENCIES_MEAN = 4.0
 
 _TIME_FACTORS = {"ns": Decimal("1e-9"), "us": Decimal("1e-6"), "ms": Decimal("1e-3"), "s": Decimal(1)}
-_TIME = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]+)")
+_TIME = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*([a-z]+)")
 
 
 @dataclass(frozen=True)

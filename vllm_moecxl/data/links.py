@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from vllm_moecxl.data.banks.base import Bank, RowCopy
 from vllm_moecxl.linux.affinity import use_all_cpus
@@ -32,11 +32,11 @@ class Links:
         if not copies:
             return
         (first_bank, first_copies), *others = copies
-        futures = []
-        if others:
-            assert self._threads is not None
-            futures = [self._threads.submit(bank.read, of_bank) for bank, of_bank in others]
+        futures: list[Future[None]] = []
         try:
+            for bank, of_bank in others:
+                assert self._threads is not None
+                futures.append(self._threads.submit(bank.read, of_bank))
             first_bank.read(first_copies)
         finally:
             errors = [error for future in futures if (error := future.exception()) is not None]

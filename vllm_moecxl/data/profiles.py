@@ -62,7 +62,7 @@ def load_profiles(machine: str, path: Path | None = None) -> Profiles:
         stored = json.loads((path or default_path()).read_text())
         banks = stored.get(machine, {}) if isinstance(stored, dict) else {}
         return Profiles({identity: _profile(value["summary"]) for identity, value in banks.items()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError, RecursionError):
         return Profiles()
 
 
@@ -75,11 +75,13 @@ def save_profile(machine: str, identity: str, measured: dict[str, Any], path: Pa
     path = path or default_path()
     try:
         stored = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         stored = {}
     if not isinstance(stored, dict):
         stored = {}
-    stored.setdefault(machine, {})[identity] = measured
+    if not isinstance(stored.get(machine), dict):
+        stored[machine] = {}
+    stored[machine][identity] = measured
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     aside.write_text(json.dumps(stored, indent=1) + "\n")

@@ -19,7 +19,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,9 @@ from vllm_moecxl.units import KIB, MIB, format_bytes
 FORMAT = "vllm_moecxl slabs 1"
 ALIGN_BYTES = 4 * KIB
 DIGEST_BYTES = 32
+#: Dimensions of a tensor, and outputs of a self-check: more than any kernel has, so that no header is worth long sums.
+_DIMENSION_COUNT_MAX = 8
+_CHECK_COUNT_MAX = 64
 #: safetensors' own limit.
 _HEADER_BYTES_MAX = 100_000_000
 #: Room that is kept for the header while its size is not known; a layer takes less than 2 KiB of it.
@@ -166,10 +169,7 @@ def _read(file: DirectFile) -> tuple[dict[str, str], dict[str, PackedLayer]]:
     data_start = _LENGTH_BYTES + length
     _require(length <= _HEADER_BYTES_MAX and data_start <= file.byte_count, "its header is longer than the file")
     header_bytes = file.read(0, data_start)
-    try:
-        header = json.loads(header_bytes[_LENGTH_BYTES:])
-    except (ValueError, RecursionError):
-        raise _MalformedError("its header is no JSON") from None
+    header = _parse_json(header_bytes[_LENGTH_BYTES:], "its header")
     _require(isinstance(header, dict), "its header is no JSON object")
     metadata = header.pop("__metadata__", None)
     _require(isinstance(metadata, dict) and metadata.get("format") == FORMAT, "it has another format")
@@ -180,19 +180,32 @@ def _read(file: DirectFile) -> tuple[dict[str, str], dict[str, PackedLayer]]:
         end += entry.byte_count
     _require(end == file.byte_count, f"it has {file.byte_count} bytes and its header says {end}")
     _check_seal(file, header_bytes, entries, metadata)
-    # From here on the header is what a packer wrote: the seal says so.
-    fingerprint = json.loads(metadata["fingerprint"])
-    return fingerprint, {
-        described["name"]: _packed_layer(file, described, entries) for described in json.loads(metadata["layers"])
-    }
+    # The seal says that a packer wrote the header; it does not say that it was our packer.
+    fingerprint = _parse_json(metadata.get("fingerprint"), "its fingerprint")
+    _require(isinstance(fingerprint, dict) and _is_names([*fingerprint.values()]), "its fingerprint is damaged")
+    layers = _parse_json(metadata.get("layers"), "its list of layers")
+    _require(isinstance(layers, list) and len(layers) <= len(entries), "its list of layers is damaged")
+    packed = [_packed_layer(file, _described(layer), entries) for layer in layers]
+    by_name = {layer.name: layer for layer in packed}
+    _require(len(by_name) == len(packed), "it has a layer twice")
+    return fingerprint, by_name
+
+
+def _parse_json(text: object, what: str) -> Any:
+    try:
+        if isinstance(text, str | bytes):
+            return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    raise _MalformedError(f"{what} is no JSON")
 
 
 def _entry(value: object, data_start: int) -> _Entry:
     _require(isinstance(value, dict), "its header describes a tensor by no object")
     assert isinstance(value, dict)
-    dtype = _FROM_SAFETENSORS.get(str(value.get("dtype")))
-    shape, offsets = value.get("shape"), value.get("data_offsets")
-    is_described = dtype is not None and _is_sizes(shape) and _is_sizes(offsets)
+    type_name, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
+    dtype = _FROM_SAFETENSORS.get(type_name) if isinstance(type_name, str) else None
+    is_described = dtype is not None and _is_sizes(shape, _DIMENSION_COUNT_MAX) and _is_sizes(offsets, 2)
     _require(is_described, "its header describes a tensor wrongly")
     assert dtype is not None and isinstance(shape, list) and isinstance(offsets, list)
     _require(len(offsets) == 2, "its header describes a tensor wrongly")
@@ -201,8 +214,16 @@ def _entry(value: object, data_start: int) -> _Entry:
     return entry
 
 
-def _is_sizes(value: object) -> bool:
-    return isinstance(value, list) and all(type(size) is int and 0 <= size < 1 << 63 for size in value)
+def _is_sizes(value: object, count_max: int) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) <= count_max
+        and all(type(size) is int and 0 <= size < 1 << 63 for size in value)
+    )
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def _check_seal(file: DirectFile, header: bytes, entries: Mapping[str, _Entry], metadata: Mapping[str, Any]) -> None:
@@ -211,41 +232,14 @@ def _check_seal(file: DirectFile, header: bytes, entries: Mapping[str, _Entry], 
     assert seal is not None
     _require(seal.start + DIGEST_BYTES == file.byte_count, "its seal is not at its end")
     tail_start = metadata.get("tail_start", "")
-    _require(isinstance(tail_start, str) and tail_start.isdecimal() and len(tail_start) < 20, "it has no tail")
+    is_number = isinstance(tail_start, str) and tail_start.isdecimal() and len(tail_start) < 20
+    _require(is_number, "it has no tail")
     start = len(header) + int(tail_start)
     _require(start <= seal.start, "its tail is longer than the file")
     digest = blake3(header)
     for offset in range(start, seal.start, _COPY_BYTES):
         digest.update(file.read(offset, min(_COPY_BYTES, seal.start - offset)))
     _require(digest.digest() == file.read(seal.start, DIGEST_BYTES), "its header or its tail has changed")
-
-
-def _packed_layer(file: DirectFile, described: dict[str, Any], entries: Mapping[str, _Entry]) -> PackedLayer:
-    name, expert_count = described["name"], described["expert_count"]
-    rows = [entries[f"{name}/{extent}"] for extent in described["extents"]]
-    layout = SlabLayout(
-        tuple(
-            Extent(extent, entry.shape[1:], entry.dtype)
-            for extent, entry in zip(described["extents"], rows, strict=True)
-        )
-    )
-
-    def tensor(entry_name: str) -> torch.Tensor:
-        entry = entries[entry_name]
-        data = bytearray(file.read(entry.start, entry.byte_count))
-        return torch.frombuffer(data, dtype=entry.dtype).view(entry.shape)
-
-    digests = file.read(entries[f"{name}/digests"].start, expert_count * DIGEST_BYTES)
-    return PackedLayer(
-        name=name,
-        expert_count=expert_count,
-        kernel_name=described["kernel_name"],
-        layout=layout,
-        starts=tuple(entry.start for entry in rows),
-        digests=tuple(digests[i : i + DIGEST_BYTES] for i in range(0, len(digests), DIGEST_BYTES)),
-        shared={shared: tensor(f"{name}/shared/{shared}") for shared in described["shared"]},
-        check=tuple(tensor(f"{name}/check/{index}") for index in range(described["check_count"])),
-    )
 
 
 @dataclass
@@ -258,6 +252,62 @@ class _Described:
     extents: list[str]
     shared: list[str] = field(default_factory=list)
     check_count: int = 0
+
+
+def _described(raw: object) -> _Described:
+    """A layer's description, as far as it can be told sound without the tensors that it names."""
+    _require(isinstance(raw, dict) and raw.keys() == {one.name for one in fields(_Described)}, "it describes no layer")
+    assert isinstance(raw, dict)
+    layer = _Described(**raw)
+    is_sound = (
+        _is_names([layer.name, layer.kernel_name])
+        and _is_sizes([layer.expert_count, layer.check_count], 2)
+        and _is_names(layer.extents)
+        and _is_names(layer.shared)
+        and layer.expert_count > 0
+        and layer.check_count <= _CHECK_COUNT_MAX
+        and 0 < len(layer.extents) == len(set(layer.extents))
+    )
+    _require(is_sound, "it describes a layer wrongly")
+    return layer
+
+
+def _packed_layer(file: DirectFile, described: _Described, entries: Mapping[str, _Entry]) -> PackedLayer:
+    name, expert_count = described.name, described.expert_count
+
+    def entry_of(entry_name: str) -> _Entry:
+        entry = entries.get(f"{name}/{entry_name}")
+        _require(entry is not None and entry.byte_count > 0, "it lacks a tensor of a layer")
+        assert entry is not None
+        return entry
+
+    def tensor(entry_name: str) -> torch.Tensor:
+        entry = entry_of(entry_name)
+        data = bytearray(file.read(entry.start, entry.byte_count))
+        return torch.frombuffer(data, dtype=entry.dtype).view(entry.shape)
+
+    rows = [entry_of(extent) for extent in described.extents]
+    for entry in rows:
+        is_aligned = entry.start % ALIGN_BYTES == 0
+        _require(entry.shape[:1] == (expert_count,) and is_aligned, "it has a tensor that is not a row per expert")
+    table = entry_of("digests")
+    _require(table.shape == (expert_count, DIGEST_BYTES) and table.dtype == torch.uint8, "it lacks digests")
+    digests = file.read(table.start, table.byte_count)
+    return PackedLayer(
+        name=name,
+        expert_count=expert_count,
+        kernel_name=described.kernel_name,
+        layout=SlabLayout(
+            tuple(
+                Extent(extent, entry.shape[1:], entry.dtype)
+                for extent, entry in zip(described.extents, rows, strict=True)
+            )
+        ),
+        starts=tuple(entry.start for entry in rows),
+        digests=tuple(digests[i : i + DIGEST_BYTES] for i in range(0, len(digests), DIGEST_BYTES)),
+        shared={shared: tensor(f"shared/{shared}") for shared in described.shared},
+        check=tuple(tensor(f"check/{index}") for index in range(described.check_count)),
+    )
 
 
 class SlabFileWriter:
@@ -325,9 +375,9 @@ class SlabFileWriter:
         self._tail.append((f"{name}/digests", table))
         for shared_name, tensor in shared.items():
             described.shared.append(shared_name)
-            self._tail.append((f"{name}/shared/{shared_name}", tensor.cpu().clone()))
+            self._tail.append((f"{name}/shared/{shared_name}", tensor.cpu().contiguous().clone()))
         described.check_count = len(check)
-        self._tail += [(f"{name}/check/{index}", output.cpu()) for index, output in enumerate(check)]
+        self._tail += [(f"{name}/check/{index}", output.cpu().contiguous()) for index, output in enumerate(check)]
         self._layers.append(described)
 
     def finish(self) -> int:
@@ -354,10 +404,13 @@ class SlabFileWriter:
         self._write(memoryview(tail.digest()))
         # The slabs first, the header when they are on the disk: what has a header is whole.
         self._sync()
-        os.pwrite(self._file, header, 0)
+        self._write_at(0, memoryview(header))
         self._sync()
         size = os.fstat(self._file).st_size
-        self._aside.rename(self.path)
+        try:
+            self._aside.rename(self.path)
+        except OSError as error:
+            raise ConfigError(f"moecxl pack: {self.path} cannot be put in place ({error.strerror})") from error
         os.close(self._file)
         folder = os.open(self.path.parent, os.O_RDONLY)
         os.fsync(folder)
@@ -381,9 +434,16 @@ class SlabFileWriter:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(file)
-            raise ConfigError(f"moecxl pack: another process is packing {self.path}: wait for it") from error
+            raise self._busy_error() from error
+        # Between opening and locking, the other one may have put this very file in its place.
+        if not (self._aside.exists() and os.path.samestat(os.fstat(file), self._aside.stat())):
+            os.close(file)
+            raise self._busy_error()
         os.ftruncate(file, 0)
         return file
+
+    def _busy_error(self) -> ConfigError:
+        return ConfigError(f"moecxl pack: another process is packing {self.path}: wait for it")
 
     def _require_room(self, data_bytes: int) -> None:
         disk = os.statvfs(self._aside)
@@ -432,8 +492,10 @@ class SlabFileWriter:
 
     def _write(self, data: memoryview) -> None:
         data = data.cast("B")
-        offset = self._header_bytes + self._end
+        self._write_at(self._header_bytes + self._end, data)
         self._end += data.nbytes
+
+    def _write_at(self, offset: int, data: memoryview) -> None:
         try:
             while data.nbytes:
                 count = os.pwrite(self._file, data[:_COPY_BYTES], offset)

@@ -18,7 +18,7 @@ from vllm_moecxl.control.placement import Route
 from vllm_moecxl.control.striping import cut
 from vllm_moecxl.data.banks.base import Bank, RowCopy, Rows
 from vllm_moecxl.data.banks.file import FileBank
-from vllm_moecxl.data.banks.memory import MemoryBank, MemoryRows
+from vllm_moecxl.data.banks.memory import DramBank, MemoryBank, MemoryRows
 from vllm_moecxl.data.devices import DeviceBackend
 from vllm_moecxl.data.host import anonymous_tensor
 from vllm_moecxl.data.layout import SlabLayout, as_bytes
@@ -136,7 +136,8 @@ class Home:
         counts: Counter[str] = Counter()
         for shard_id, _ in place:
             shard = self.shards[shard_id]
-            counts[shard.bank.name] += sum(stop - start for start, stop in shard.cuts)
+            if byte_count := sum(stop - start for start, stop in shard.cuts):
+                counts[shard.bank.name] += byte_count
         return counts
 
 
@@ -191,6 +192,13 @@ class HomeBuilder:
                     digest.update(row.cpu().numpy().data)
         sums = None if digests is None else [digest.digest() for digest in digests]
         return Home(name, layout, plan.shards, plan.places, self._links, self._verify, sums)
+
+    def borrow(self, name: str, layout: SlabLayout, tensors: Sequence[torch.Tensor]) -> Home:
+        """A home for a while, on host tensors that belong to somebody else; per extent [experts, ...]."""
+        expert_count = tensors[0].shape[0]
+        owner = DramBank(self._banks[0].name, "", None, self._banks[0].profile)
+        shard = Shard(owner, tuple(map(MemoryRows.of, tensors)), _whole(layout))
+        return Home(name, layout, [shard], [[(0, row)] for row in range(expert_count)], self._links, "off", None)
 
     def adopt(self, packed: PackedLayer, bank: FileBank, routes: Sequence[Route]) -> Home:
         """A home for a layer of a slab file: what is routed to the file stays there, the rest is read into its bank.

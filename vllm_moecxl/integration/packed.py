@@ -16,6 +16,7 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 
+from vllm_moecxl.data.host import trim_heap
 from vllm_moecxl.data.slabfile import PackedLayer
 from vllm_moecxl.errors import IntegrityError
 from vllm_moecxl.integration.described import describe_layer, need_of
@@ -49,11 +50,6 @@ def load_from_file(
             create_weights(*args, **kwargs)
         created.extend(name for name, p in layer._parameters.items() if p is not None and name not in before)
         runtime.declare(need_of(layer))
-        one_is_enough = is_built_from_one_expert(_packed_layer(runtime, layer).kernel_name)
-        for name in created:
-            parameter = layer.get_parameter(name)
-            if one_is_enough and parameter.shape[:1] == (layer.local_num_experts,):
-                parameter.data = parameter.data[:1]
         initialize_online_processing(layer)
         for name in created:
             layer.get_parameter(name).weight_loader = _pass_over
@@ -64,11 +60,19 @@ def load_from_file(
         if is_home:  # the loader's last step visits every layer again
             return
         packed = _packed_layer(runtime, layer)
+        on_host = layer.get_parameter(created[0]).device.type == "cpu"
+        one_is_enough = on_host and is_built_from_one_expert(type(method).__name__)
         for name in created:
-            layer.get_parameter(name).data.zero_()
+            parameter = layer.get_parameter(name)
+            # The full size was never touched, so it took no memory until now.
+            if one_is_enough and parameter.shape[:1] == (layer.local_num_experts,):
+                parameter.data = parameter.data.new_zeros((1, *parameter.shape[1:]))
+            else:
+                parameter.data.zero_()
         process_weights(layer)
         _restore_shared(layer, packed)
         adopt(runtime.install(describe_layer(layer, method, packed)))
+        trim_heap()
         is_home = True
 
     method.create_weights = create_on_meta

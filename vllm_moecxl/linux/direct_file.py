@@ -5,9 +5,10 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import stat
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from vllm_moecxl.errors import ConfigError, TransferError
@@ -21,6 +22,7 @@ CHUNK_BYTES = MIB
 READER_COUNT = 4
 #: Alignments of direct reads, of which a file system and its device accept one: that of a sector or of a page.
 _ALIGNMENTS = (512, 4 * KIB)
+_DROP = os.POSIX_FADV_DONTNEED
 
 
 class DirectFile:
@@ -33,21 +35,18 @@ class DirectFile:
         path: a regular file.
 
     Raises:
-        ConfigError: the file cannot be opened.
+        ConfigError: the file cannot be opened, or is no regular file.
     """
 
     def __init__(self, path: Path, reader_count: int = READER_COUNT) -> None:
         self.path = path
-        try:
-            self._buffered = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise ConfigError(
-                f'--moe-offload-config: banks="file:{path}" cannot be opened ({error.strerror}): name a file that '
-                "moecxl pack wrote"
-            ) from error
+        self._buffered = _open_regular(path)
         self.byte_count = os.fstat(self._buffered).st_size
         self._direct = self._open_direct()
         self._align_bytes = self._alignment()
+        if self._direct is None:
+            # No reading ahead: it would bring back what another reader has just dropped.
+            os.posix_fadvise(self._buffered, 0, 0, os.POSIX_FADV_RANDOM)
         self._scratch = threading.local()
         self._readers = ThreadPoolExecutor(reader_count, thread_name_prefix="moecxl-file", initializer=use_all_cpus)
 
@@ -83,8 +82,12 @@ class DirectFile:
             self._read_chunk(*chunks[0])
             return
         # All have ended before any error is told: nothing may write into a target that its owner has given up.
-        futures = [self._readers.submit(self._read_chunk, *chunk) for chunk in chunks]
-        errors = [error for future in futures if (error := future.exception()) is not None]
+        futures: list[Future[None]] = []
+        try:
+            for chunk in chunks:
+                futures.append(self._readers.submit(self._read_chunk, *chunk))
+        finally:
+            errors = [error for future in futures if (error := future.exception()) is not None]
         if errors:
             raise errors[0]
 
@@ -118,7 +121,9 @@ class DirectFile:
         align = self._align_bytes
         if self._direct is None:
             self._fill(self._buffered, offset, target)
-            os.posix_fadvise(self._buffered, offset, target.nbytes, os.POSIX_FADV_DONTNEED)
+            # Whole pages: what the kernel has only a part of it would keep.
+            start, end = offset // mmap.PAGESIZE * mmap.PAGESIZE, offset + target.nbytes
+            os.posix_fadvise(self._buffered, start, -(-end // mmap.PAGESIZE) * mmap.PAGESIZE - start, _DROP)
         elif offset % align == 0 and target.nbytes % align == 0 and _address_of(target) % align == 0:
             self._fill(self._direct, offset, target)
         else:
@@ -152,6 +157,20 @@ class DirectFile:
                     "while in use, pack the model again"
                 )
             done += count
+
+
+def _open_regular(path: Path) -> int:
+    option = f'--moe-offload-config: banks="file:{path}"'
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would have us wait for a writer
+    except OSError as error:
+        raise ConfigError(
+            f"{option} cannot be opened ({error.strerror}): name a file that moecxl pack wrote"
+        ) from error
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise ConfigError(f"{option} is no regular file: name a file that moecxl pack wrote")
+    return file
 
 
 def _address_of(view: memoryview) -> int:

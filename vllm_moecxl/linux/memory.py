@@ -71,9 +71,19 @@ class Mapping:
 
     @classmethod
     def anonymous(cls, byte_count: int) -> Mapping:
-        """Zeros, in huge pages where that pays; no memory is taken until it is touched."""
+        """Zeros, in huge pages where that pays; no memory is taken until it is touched.
+
+        Raises:
+            CapacityError: the kernel does not promise that much (strict overcommit, or a limit of this process).
+        """
         assert byte_count > 0
-        buffer = mmap.mmap(-1, byte_count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            buffer = mmap.mmap(-1, byte_count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise CapacityError(
+                f"the kernel refuses {format_bytes(byte_count)} of memory ({error.strerror}): free memory, or raise "
+                "the limit on what it promises (ulimit -v, vm.overcommit_memory)"
+            ) from error
         if byte_count >= _HUGE_PAGE_BYTES:
             # Advice only: a kernel built without huge pages refuses it.
             with suppress(OSError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -285,7 +286,9 @@ class OffloadRuntime:
         layer_buffer = self._layer_buffer(home.layout, layer.expert_count) if is_cut else None
         pass_kind = self._confirmed.get(layer.kernel_name, self._wanted_pass_kind(layer, layer_buffer, is_cut))
 
-        def dispatch(pass_kind: PassKind, layer_buffer: Cells | None, counters: Counters) -> Dispatch:
+        def dispatch(
+            pass_kind: PassKind, layer_buffer: Cells | None, counters: Counters, home: Home = home
+        ) -> Dispatch:
             policy = POLICIES[self.config.eviction](slot_count)
             residency = Residency(layer.expert_count, slot_count, policy)
             return Dispatch(
@@ -302,7 +305,13 @@ class OffloadRuntime:
             )
 
         if check is not None:
-            pass_kind = self._confirm(check, layer, pass_kind, layer_buffer, dispatch)
+            rehearsed = home
+            if layer_buffer is not None and self._backend.is_host and not home.is_direct:
+                # Passes fetch a slab many times over: from a slow bank, once is enough.
+                every = list(range(layer.expert_count))
+                layer_buffer.fetch(home, every, every)
+                rehearsed = self._homes.borrow(layer.name, home.layout, layer_buffer.tensors)
+            pass_kind = self._confirm(check, layer, pass_kind, layer_buffer, partial(dispatch, home=rehearsed))
         installed = self.dispatches[layer.name] = dispatch(pass_kind, layer_buffer, self.counters)
         if (hot := self._placement.hot[layer_id]).size:
             installed.preload(hot.tolist())

@@ -10,11 +10,22 @@ from vllm_moecxl.control.device_model import DeviceModel
 from vllm_moecxl.data.banks.base import BankProfile, RowCopy
 from vllm_moecxl.data.banks.memory import DramBank
 from vllm_moecxl.types import Tier
+from vllm_moecxl.units import MIB
 
 #: The kernel wakes a sleeper this late, about; the rest is waited out awake.
 _WAKE_UP_S = 100e-6
 #: Behind by more than this share, the bank's reads were slower than the device that they stand for.
 _LATE_RATIO = 1.1
+#: Read at least this much before saying so: a first read meets cold caches and pages that are not there yet.
+_PACE_BYTES_MIN = 64 * MIB
+
+
+def _sleep_exactly(duration_s: float) -> None:
+    end_s = time.perf_counter() + duration_s
+    if duration_s > _WAKE_UP_S:
+        time.sleep(duration_s - _WAKE_UP_S)
+    while time.perf_counter() < end_s:
+        pass
 
 
 class EmulatedBank(DramBank):
@@ -22,7 +33,7 @@ class EmulatedBank(DramBank):
 
     Args:
         model: says when a read that is submitted now would be complete.
-        clock, sleep: seconds; virtual in tests.
+        clock, sleep: seconds, exact to a few microseconds; virtual in tests.
     """
 
     tier: Tier = "cxl"
@@ -34,13 +45,14 @@ class EmulatedBank(DramBank):
         model: DeviceModel,
         profile: BankProfile,
         clock: Callable[[], float] = time.perf_counter,
-        sleep: Callable[[float], None] = time.sleep,
+        sleep: Callable[[float], None] = _sleep_exactly,
     ) -> None:
         super().__init__(name, name, capacity_bytes, profile)
         self._model = model
         self._clock = clock
         self._sleep = sleep
         self._lock = threading.Lock()
+        self._read_bytes = 0
         #: Seconds that reads took, and that they would have taken on the device.
         self._taken_s = 0.0
         self._modelled_s = 0.0
@@ -51,21 +63,24 @@ class EmulatedBank(DramBank):
 
     @property
     def keeps_pace(self) -> bool:
-        """Whether this machine copies fast enough to stand for the device."""
-        return self._taken_s <= _LATE_RATIO * self._modelled_s
+        """Whether this machine copies fast enough to stand for the device; taken for granted until enough is read."""
+        return self._read_bytes < _PACE_BYTES_MIN or self._taken_s <= _LATE_RATIO * self._modelled_s
 
     def read(self, copies: Sequence[RowCopy]) -> None:
+        byte_count = sum(target.nbytes for _, _, target in copies)
         start_s = self._clock()
         with self._lock:
-            due_s = self._model.submit(start_s, sum(target.nbytes for _, _, target in copies))
+            due_s = self._model.submit(start_s, byte_count)
         super().read(copies)
-        while (left_s := due_s - self._clock()) > 0:
-            if left_s > _WAKE_UP_S:
-                self._sleep(left_s - _WAKE_UP_S)
+        if (left_s := due_s - self._clock()) > 0:
+            self._sleep(left_s)
         with self._lock:
+            self._read_bytes += byte_count
             self._taken_s += self._clock() - start_s
             self._modelled_s += due_s - start_s
 
     def describe(self) -> str:
+        spec = self._model.spec
+        device = f"{spec.latency_s * 1e6:g} us, {spec.read_bytes_per_s / 1e9:.2f} GB/s"
         pace = "" if self.keeps_pace else ", but this machine is too slow to keep the device's pace"
-        return f"{super().describe()}, EMULATED: DRAM at the pace of {self._model.spec}{pace}"
+        return f"{super().describe()}, EMULATED: DRAM at the pace of a device of {device}{pace}"

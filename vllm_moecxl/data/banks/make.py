@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,7 +44,12 @@ def make_banks(
     topology = read_topology(sysfs)
     if specs is None:
         specs = auto_specs(topology)
-    return [_make(spec, topology, profiles, sysfs, ranks) for spec in specs]
+    banks = [_make(spec, topology, profiles, sysfs, ranks) for spec in specs]
+    counts = Counter(bank.identity for bank in banks)
+    for bank in banks:
+        if counts[bank.identity] > 1:  # two dax devices of one region: as fast as each other, and yet two places
+            bank.identity = f"{bank.identity} {bank.name}"
+    return banks
 
 
 def bank_identity(spec: BankSpec, topology: Topology) -> str:
@@ -95,7 +102,11 @@ def _make(spec: BankSpec, topology: Topology, profiles: Profiles, sysfs: Path, r
             device = DeviceSpec.parse(spec.locator)
             profile = BankProfile(device.latency_s, device.read_bytes_per_s, "emulated")
             return EmulatedBank(
-                spec.name, spec.capacity_bytes or device.capacity_bytes, DeviceModel(device, seed=0), profile
+                spec.name,
+                spec.capacity_bytes or device.capacity_bytes,
+                # Of the name, so that the tails of two devices do not strike in lockstep.
+                DeviceModel(device, seed=zlib.crc32(spec.name.encode())),
+                profile,
             )
 
 
