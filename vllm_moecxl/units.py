@@ -42,3 +42,16 @@ def format_bytes(count: int) -> str:
         if count >= size:
             return f"{count / size:.2f} {unit}"
     return f"{count} B"
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration in the unit that suits it."""
+    for unit, factor in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= factor:
+            return f"{seconds / factor:.3g} {unit}"
+    return f"{seconds / 1e-9:.3g} ns"
+
+
+def format_rate(bytes_per_s: float) -> str:
+    """A bandwidth in GB/s, as memory and links are sold."""
+    return f"{bytes_per_s / 1e9:.3g} GB/s"

@@ -1,7 +1,7 @@
 """Run a real vLLM engine over fixed requests, with or without offloading, and keep every token and logprob.
 
-Run as a script it takes a JSON object of engine arguments and prints one of outputs, for engines that need a process of
-their own: `python -m tests.engine.harness '{"model": ..., "tensor_parallel_size": 2}'`.
+Run as a script it takes a JSON object of engine arguments and prints one of outputs (or writes it to a file), for
+engines that need a process of their own: `python -m tests.engine.harness '{"model": ..., ...}' [FILE]`.
 """
 
 from __future__ import annotations
@@ -127,4 +127,8 @@ def generate_in_own_process(environment: dict[str, str] | None = None, **engine:
 
 
 if __name__ == "__main__":
-    print(json.dumps(generate(**json.loads(sys.argv[1]))))
+    results_of_all = json.dumps(generate(**json.loads(sys.argv[1])))
+    if len(sys.argv) > 2:
+        Path(sys.argv[2]).write_text(results_of_all)
+    else:
+        print(results_of_all)

@@ -17,10 +17,12 @@ from vllm_moecxl.data.banks import memory as memory_banks
 from vllm_moecxl.data.banks.emulated import EmulatedBank
 from vllm_moecxl.data.banks.memory import MemoryBank
 from vllm_moecxl.data.links import Links
-from vllm_moecxl.data.slabfile import SlabFile, SlabFileWriter
+from vllm_moecxl.data.slabfile import SlabFile
 from vllm_moecxl.data.slabs import Cells, Home, HomeBuilder
+from vllm_moecxl.data.slabwriter import SlabFileWriter
 from vllm_moecxl.linux import direct_file
 from vllm_moecxl.linux.direct_file import DirectFile
+from vllm_moecxl.runtime.placing import Placer
 from vllm_moecxl.runtime.runtime import OffloadRuntime
 
 _BITES = (Exception, pytest.fail.Exception)  # a guard's absence may show as anything but a test that passes
@@ -197,7 +199,7 @@ CASES = [
     ),
     # Served from a file, and profiles.
     _row(
-        *(OffloadRuntime, "_exact_needs", "packed is None or packed.expert_count != need.expert_count", "False"),
+        *(Placer, "exact_needs", "packed is None or packed.expert_count != need.expert_count", "False"),
         test_runtime.test_a_slab_file_of_another_model_is_refused_before_anything_is_loaded,
     ),
     _row(

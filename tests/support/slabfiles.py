@@ -16,8 +16,9 @@ from vllm_moecxl.config import Verify
 from vllm_moecxl.control.placement import Part
 from vllm_moecxl.data.banks.file import FileBank
 from vllm_moecxl.data.links import Links
-from vllm_moecxl.data.slabfile import ALIGN_BYTES, DIGEST_BYTES, SlabFileWriter
+from vllm_moecxl.data.slabfile import ALIGN_BYTES, DIGEST_BYTES
 from vllm_moecxl.data.slabs import Home, HomeBuilder
+from vllm_moecxl.data.slabwriter import SlabFileWriter
 
 FINGERPRINT = {"model": "toy", "kernel": "ToyKernel"}
 _LENGTH_BYTES = 8

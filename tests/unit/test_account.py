@@ -66,7 +66,7 @@ def test_the_account_in_words_names_every_quantity(kv: int | None, told: str) ->
 
 
 @pytest.mark.parametrize(
-    ("slots", "expected"), [(2, (2, 2)), ("100%", (8, 8)), ("90MiB", (4, 4)), ("40MiB", (2, 2)), ("10GiB", (8, 8))]
+    ("slots", "expected"), [(2, (2, 2)), ("100%", (8, 8)), ("90MiB", (5, 4)), ("40MiB", (2, 2)), ("10GiB", (8, 8))]
 )
 def test_slots_are_resolved_for_each_layer(slots: object, expected: tuple[int, ...]) -> None:
     assert plan(config(slots=slots), LAYERS, machine(1000)).slot_counts == expected
@@ -76,7 +76,7 @@ def test_a_share_follows_each_layers_own_expert_count() -> None:
     assert plan(config(slots="50%"), UNEVEN, machine(1000)).slot_counts == (8, 2)
 
 
-@pytest.mark.parametrize(("device_mib", "expected"), [(180, (8, 8)), (150, (3, 3)), (1000, (8, 8)), (120, (2, 2))])
+@pytest.mark.parametrize(("device_mib", "expected"), [(180, (8, 8)), (150, (4, 3)), (1000, (8, 8)), (120, (2, 2))])
 def test_auto_on_a_device_of_its_own_fills_what_the_layer_buffer_leaves(device_mib: int, expected: object) -> None:
     account = plan(config(), LAYERS, machine(device_mib))
     assert account.slot_counts == expected

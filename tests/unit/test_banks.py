@@ -144,7 +144,7 @@ def test_an_emulated_read_takes_what_the_model_says_and_not_more(row_count: int)
         assert time.now_s - start_s == pytest.approx(1e-6 + row_count * 1e-3, abs=1e-8)
         assert all(torch.equal(target, tensor[i]) for i, target in enumerate(targets))
     assert bank.keeps_pace
-    assert bank.describe().endswith("EMULATED: DRAM at the pace of a device of 1 us, 0.10 GB/s")
+    assert bank.describe().endswith("EMULATED: DRAM at the pace of a device of 1 us, 0.1 GB/s")
 
 
 def test_reads_queue_at_an_emulated_device_as_they_would_at_a_real_one() -> None:

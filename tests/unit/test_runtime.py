@@ -204,7 +204,7 @@ def packed_toys(folder: Path, toys: Sequence[ToyMoe], kernel_of: Callable[[ToyMo
     for index, toy in enumerate(toys):
         layer = loaded(toy, index, kernel_of(toy) if kernel_of else None)
         packer.install(layer)
-        assert not layer.tensors
+        assert not layer.tensors and not any(tensor.numel() for tensor in toy.bound), "what is written is let go of"
     assert packer.finish() == (folder / "toy.slabs").stat().st_size
     assert done == [(i + 1, len(toys), len(toys[0].tensors["weight"]) * SLAB_BYTES) for i in range(len(toys))]
     return FileBank(folder / "toy.slabs", "file", PROFILE)

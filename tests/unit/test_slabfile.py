@@ -21,12 +21,13 @@ from safetensors import safe_open
 
 from tests.support.homes import assert_same_bits, random_bits
 from tests.support.slabfiles import FINGERPRINT, Contents, begin, home_of, join, pack, read_slab, split, toy_layer
-from vllm_moecxl.data import slabfile
-from vllm_moecxl.data.slabfile import ALIGN_BYTES, SlabFile, SlabFileWriter
+from vllm_moecxl.data import slabfile, slabwriter
+from vllm_moecxl.data.slabfile import ALIGN_BYTES, SlabFile
+from vllm_moecxl.data.slabwriter import SlabFileWriter
 from vllm_moecxl.errors import CapacityError, ConfigError, IntegrityError, MoeOffloadError
 
 ROOT = Path(__file__).parents[2]
-DTYPES = list(slabfile._TO_SAFETENSORS)
+DTYPES = list(slabfile.TO_SAFETENSORS)
 
 #: Sizes around those of sectors and pages, scales [E], and rows of every type.
 LAYERS = {
@@ -141,7 +142,7 @@ _PACK_AND_WAIT = """
 import os, sys, time
 from pathlib import Path
 from tests.support.slabfiles import begin, toy_layer
-from vllm_moecxl.data.slabfile import SlabFileWriter
+from vllm_moecxl.data.slabwriter import SlabFileWriter
 def stop(*_):
     print("here", flush=True)
     time.sleep(600)
@@ -183,13 +184,13 @@ def test_a_file_that_was_put_in_place_between_opening_and_locking_it_is_left_alo
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = begin(path, {"layers.0": toy_layer()})
-    flock = slabfile.fcntl.flock
+    flock = slabwriter.fcntl.flock
 
     def late(file: int, how: int) -> None:
         first.finish()
         flock(file, how)
 
-    monkeypatch.setattr(slabfile.fcntl, "flock", late)
+    monkeypatch.setattr(slabwriter.fcntl, "flock", late)
     with pytest.raises(ConfigError, match="another process is packing"):
         begin(path, {"layers.0": toy_layer()})
     SlabFile(path).close()
@@ -223,7 +224,7 @@ import resource, sys
 from pathlib import Path
 import torch
 from tests.support.slabfiles import Contents, begin
-from vllm_moecxl.data.slabfile import SlabFileWriter
+from vllm_moecxl.data.slabwriter import SlabFileWriter
 from vllm_moecxl.errors import CapacityError
 path = Path(sys.argv[1])
 for limit in map(int, sys.argv[2:]):

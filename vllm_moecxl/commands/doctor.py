@@ -16,10 +16,9 @@ from typing import Any
 from vllm_moecxl.commands.findings import Finding
 from vllm_moecxl.commands.installed import judge_engine, judge_plugin, read_engine, read_plugin
 from vllm_moecxl.commands.machine import judge_devices, judge_memory, read_devices, read_memory
-from vllm_moecxl.commands.profile import in_rate, in_seconds
 from vllm_moecxl.commands.topology import judge_memory_device, judge_region
 from vllm_moecxl.linux.topology import SYSFS, Topology, read_topology
-from vllm_moecxl.units import format_bytes
+from vllm_moecxl.units import format_bytes, format_rate, format_seconds
 
 _TITLES = {
     "engine": "Engine",
@@ -120,7 +119,7 @@ def judge_profiles(topology: Topology) -> Iterator[Finding]:
             remedy = f"placement plans with published figures, run moecxl profile {spec.name}"
             yield Finding("note", topic, f"bank {spec.name}: not measured, {remedy}")
         else:
-            what = f"{in_seconds(figures.latency_s)}, {in_rate(figures.read_bytes_per_s)}"
+            what = f"{format_seconds(figures.latency_s)}, {format_rate(figures.read_bytes_per_s)}"
             when = dates.get(identity, "at an unknown time")
             yield Finding("ok", topic, f"bank {spec.name}: {what}, measured {when}")
 

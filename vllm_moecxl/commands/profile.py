@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_moecxl.config import BankSpec, OffloadConfig
 from vllm_moecxl.errors import ConfigError
 from vllm_moecxl.linux.topology import SYSFS, read_topology
-from vllm_moecxl.units import MIB, format_bytes, parse_bytes
+from vllm_moecxl.units import MIB, format_bytes, format_rate, format_seconds, parse_bytes
 
 if TYPE_CHECKING:
     from vllm_moecxl.data.banks.base import Bank
@@ -151,38 +151,28 @@ def _report(bank: Bank, scratch_bytes: int, stream_count: int, sysfs: Path) -> d
 def in_words(report: dict[str, Any]) -> Iterator[str]:
     """A bank's figures, line by line."""
     summary = report["summary"]
-    plans_with = f"{in_seconds(summary['latency_s'])}, {in_rate(summary['read_bytes_per_s'])}"
+    plans_with = f"{format_seconds(summary['latency_s'])}, {format_rate(summary['read_bytes_per_s'])}"
     yield f"bank {report['bank']} ({report['label']})"
     if report["label"] != "hardware":
         yield f"  the parameters of its model, which need no measuring and are not kept: {plans_with}"
         return
     yield f"  read all over {format_bytes(report['scratch_bytes'])} into local DRAM"
     small = report["reads"][0]
-    small_words = f"{in_seconds(small['read_s'])} for a read of {format_bytes(small['read_bytes'])}, our call included"
+    small_words = (
+        f"{format_seconds(small['read_s'])} for a read of {format_bytes(small['read_bytes'])}, our call included"
+    )
     if report["load_s"] is None:
         yield f"  latency: {small_words}"
     else:
-        yield f"  latency: {in_seconds(report['load_s'])} for a load that waits for the one before it; {small_words}"
+        load = f"{format_seconds(report['load_s'])} for a load that waits for the one before it"
+        yield f"  latency: {load}; {small_words}"
     yield "  one read of  takes        that is"
     for read in report["reads"]:
-        rate = in_rate(read["read_bytes"] / read["read_s"])
-        yield f"  {format_bytes(read['read_bytes']):>11}  {in_seconds(read['read_s']):<11}  {rate}"
+        rate = format_rate(read["read_bytes"] / read["read_s"])
+        yield f"  {format_bytes(read['read_bytes']):>11}  {format_seconds(read['read_s']):<11}  {rate}"
     yield "  streams      together"
     for stream in report["streams"]:
-        yield f"  {stream['count']:>7}      {in_rate(stream['read_bytes_per_s'])}"
+        yield f"  {stream['count']:>7}      {format_rate(stream['read_bytes_per_s'])}"
     for note in report["notes"]:
         yield f"  note: {note}"
     yield f"  placement plans with: {plans_with}"
-
-
-def in_seconds(seconds: float) -> str:
-    """A duration in the unit that suits it."""
-    for unit, factor in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if seconds >= factor:
-            return f"{seconds / factor:.3g} {unit}"
-    return f"{seconds / 1e-9:.3g} ns"
-
-
-def in_rate(bytes_per_s: float) -> str:
-    """A bandwidth in GB/s."""
-    return f"{bytes_per_s / 1e9:.3g} GB/s"

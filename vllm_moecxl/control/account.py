@@ -188,9 +188,16 @@ def _buffer_bytes(layers: Sequence[LayerNeed]) -> int:
 
 
 def _counts_within(layers: Sequence[LayerNeed], total_bytes: int) -> tuple[int, ...]:
-    """The same share of every layer's experts, as large as `total_bytes` allows."""
+    """As nearly the same share of every layer's experts as whole slots allow, as large as `total_bytes` allows."""
     share = min(max(total_bytes, 0) / sum_home_bytes(layers), 1.0)
-    return tuple(int(share * layer.expert_count + 1e-9) for layer in layers)
+    counts = [int(share * layer.expert_count + 1e-9) for layer in layers]
+    left_bytes = total_bytes - _slot_bytes(layers, counts)
+    # What rounding down left over: a slot more for as many layers as it pays.
+    for index, layer in enumerate(layers):
+        if counts[index] < layer.expert_count and layer.slab_bytes <= left_bytes:
+            counts[index] += 1
+            left_bytes -= layer.slab_bytes
+    return tuple(counts)
 
 
 def _slot_bytes(layers: Sequence[LayerNeed], slot_counts: Sequence[int]) -> int:

@@ -14,22 +14,20 @@ written last, so that a file whose packing was interrupted has none.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from blake3 import blake3
 
-from vllm_moecxl.data.layout import Extent, SlabLayout, as_bytes
-from vllm_moecxl.errors import CapacityError, ConfigError, IntegrityError
+from vllm_moecxl.data.layout import Extent, SlabLayout
+from vllm_moecxl.errors import IntegrityError
 from vllm_moecxl.linux.direct_file import DirectFile
-from vllm_moecxl.units import KIB, MIB, format_bytes
+from vllm_moecxl.units import KIB, MIB
 
 FORMAT = "vllm_moecxl slabs 1"
 ALIGN_BYTES = 4 * KIB
@@ -39,13 +37,12 @@ _DIMENSION_COUNT_MAX = 8
 _CHECK_COUNT_MAX = 64
 #: safetensors' own limit.
 _HEADER_BYTES_MAX = 100_000_000
-#: Room that is kept for the header while its size is not known; a layer takes less than 2 KiB of it.
-_HEADER_BYTES_BASE = 64 * KIB
-_HEADER_BYTES_PER_LAYER = 16 * KIB
-_LENGTH_BYTES = 8
-_COPY_BYTES = 64 * MIB
+#: The length of the header, in front of it.
+LENGTH_BYTES = 8
+#: Read or written at a time.
+COPY_BYTES = 64 * MIB
 
-_TO_SAFETENSORS = {
+TO_SAFETENSORS = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
     torch.int8: "I8",
@@ -60,7 +57,7 @@ _TO_SAFETENSORS = {
     torch.float8_e5m2: "F8_E5M2",
     torch.float8_e8m0fnu: "F8_E8M0",
 }
-_FROM_SAFETENSORS = {name: dtype for dtype, name in _TO_SAFETENSORS.items()}
+_FROM_SAFETENSORS = {name: dtype for dtype, name in TO_SAFETENSORS.items()}
 
 
 @dataclass(frozen=True)
@@ -163,13 +160,13 @@ def _require(condition: bool, sentence: str) -> None:
 
 def _read(file: DirectFile) -> tuple[dict[str, str], dict[str, PackedLayer]]:
     """Fingerprint and layers of a file."""
-    _require(file.byte_count >= _LENGTH_BYTES, "it is too short for a header")
-    length = int.from_bytes(file.read(0, _LENGTH_BYTES), "little")
+    _require(file.byte_count >= LENGTH_BYTES, "it is too short for a header")
+    length = int.from_bytes(file.read(0, LENGTH_BYTES), "little")
     _require(length > 0, "it has no header, so packing did not end")
-    data_start = _LENGTH_BYTES + length
+    data_start = LENGTH_BYTES + length
     _require(length <= _HEADER_BYTES_MAX and data_start <= file.byte_count, "its header is longer than the file")
     header_bytes = file.read(0, data_start)
-    header = _parse_json(header_bytes[_LENGTH_BYTES:], "its header")
+    header = _parse_json(header_bytes[LENGTH_BYTES:], "its header")
     _require(isinstance(header, dict), "its header is no JSON object")
     metadata = header.pop("__metadata__", None)
     _require(isinstance(metadata, dict) and metadata.get("format") == FORMAT, "it has another format")
@@ -237,13 +234,13 @@ def _check_seal(file: DirectFile, header: bytes, entries: Mapping[str, _Entry], 
     start = len(header) + int(tail_start)
     _require(start <= seal.start, "its tail is longer than the file")
     digest = blake3(header)
-    for offset in range(start, seal.start, _COPY_BYTES):
-        digest.update(file.read(offset, min(_COPY_BYTES, seal.start - offset)))
+    for offset in range(start, seal.start, COPY_BYTES):
+        digest.update(file.read(offset, min(COPY_BYTES, seal.start - offset)))
     _require(digest.digest() == file.read(seal.start, DIGEST_BYTES), "its header or its tail has changed")
 
 
 @dataclass
-class _Described:
+class DescribedLayer:
     """A layer as the header's metadata describe it."""
 
     name: str
@@ -254,11 +251,13 @@ class _Described:
     check_count: int = 0
 
 
-def _described(raw: object) -> _Described:
+def _described(raw: object) -> DescribedLayer:
     """A layer's description, as far as it can be told sound without the tensors that it names."""
-    _require(isinstance(raw, dict) and raw.keys() == {one.name for one in fields(_Described)}, "it describes no layer")
+    _require(
+        isinstance(raw, dict) and raw.keys() == {one.name for one in fields(DescribedLayer)}, "it describes no layer"
+    )
     assert isinstance(raw, dict)
-    layer = _Described(**raw)
+    layer = DescribedLayer(**raw)
     is_sound = (
         _is_names([layer.name, layer.kernel_name])
         and _is_sizes([layer.expert_count, layer.check_count], 2)
@@ -272,7 +271,7 @@ def _described(raw: object) -> _Described:
     return layer
 
 
-def _packed_layer(file: DirectFile, described: _Described, entries: Mapping[str, _Entry]) -> PackedLayer:
+def _packed_layer(file: DirectFile, described: DescribedLayer, entries: Mapping[str, _Entry]) -> PackedLayer:
     name, expert_count = described.name, described.expert_count
 
     def entry_of(entry_name: str) -> _Entry:
@@ -308,210 +307,3 @@ def _packed_layer(file: DirectFile, described: _Described, entries: Mapping[str,
         shared={shared: tensor(f"shared/{shared}") for shared in described.shared},
         check=tuple(tensor(f"check/{index}") for index in range(described.check_count)),
     )
-
-
-class SlabFileWriter:
-    """Writes a slab file layer by layer, beside its final place; nothing is there until `finish`.
-
-    Args:
-        path: the file to make.
-        fingerprint: what it is packed for.
-        layer_count: layers that will be added.
-        data_bytes: what they will take, about; checked against the free space of the file system.
-
-    Raises:
-        ConfigError: the folder is not there or not writable, or another packer is writing this file.
-        CapacityError: the file system has too little room.
-    """
-
-    def __init__(self, path: Path, fingerprint: Mapping[str, str], layer_count: int, data_bytes: int) -> None:
-        self.path = path
-        self._fingerprint = dict(fingerprint)
-        self._aside = path.with_name(f".{path.name}.partial")
-        self._header_bytes = _round_up(_HEADER_BYTES_BASE + _HEADER_BYTES_PER_LAYER * layer_count)
-        self._entries: dict[str, dict[str, object]] = {}
-        self._layers: list[_Described] = []
-        self._tail: list[tuple[str, torch.Tensor]] = []
-        self._end = 0
-        self._pad_count = 0
-        self._file = self._open()
-        try:
-            self._require_room(data_bytes)
-        except BaseException:
-            self.abandon()
-            raise
-
-    def add_layer(
-        self,
-        name: str,
-        kernel_name: str,
-        tensors: Mapping[str, torch.Tensor],
-        shared: Mapping[str, torch.Tensor],
-        check: Sequence[torch.Tensor],
-    ) -> None:
-        """Append a layer.
-
-        Args:
-            tensors: per extent [experts, ...], contiguous, any device.
-            shared: what the kernel keeps beside the rows of experts, nothing empty.
-            check: outputs of the resident layer in a self-check.
-
-        Raises:
-            CapacityError: the disk is full.
-        """
-        expert_count = next(iter(tensors.values())).shape[0]
-        described = _Described(name, expert_count, kernel_name, list(tensors))
-        digests = [blake3() for _ in range(expert_count)]
-        for extent, tensor in tensors.items():
-            self._pad()
-            self._enter(f"{name}/{extent}", tensor)
-            rows = as_bytes(tensor)
-            for digest, row in zip(digests, rows, strict=True):
-                data = row.cpu().numpy().data
-                digest.update(data)
-                self._write(data)
-        digest_bytes = b"".join(digest.digest() for digest in digests)
-        table = torch.frombuffer(bytearray(digest_bytes), dtype=torch.uint8).view(expert_count, DIGEST_BYTES)
-        self._tail.append((f"{name}/digests", table))
-        for shared_name, tensor in shared.items():
-            described.shared.append(shared_name)
-            self._tail.append((f"{name}/shared/{shared_name}", tensor.cpu().contiguous().clone()))
-        described.check_count = len(check)
-        self._tail += [(f"{name}/check/{index}", output.cpu().contiguous()) for index, output in enumerate(check)]
-        self._layers.append(described)
-
-    def finish(self) -> int:
-        """Write the tail and the header, and put the file in its place.
-
-        Returns:
-            Its size in bytes.
-
-        Raises:
-            CapacityError: the disk is full.
-        """
-        tail_start = self._end
-        tail = blake3()
-        parts = []
-        for name, tensor in self._tail:
-            self._enter(name, tensor)
-            parts.append(as_bytes(tensor.reshape(1, *tensor.shape)).numpy().tobytes())
-        self._enter("seal", torch.empty(DIGEST_BYTES, dtype=torch.uint8))
-        header = self._header(tail_start)
-        tail.update(header)
-        for part in parts:
-            tail.update(part)
-            self._write(memoryview(part))
-        self._write(memoryview(tail.digest()))
-        # The slabs first, the header when they are on the disk: what has a header is whole.
-        self._sync()
-        self._write_at(0, memoryview(header))
-        self._sync()
-        size = os.fstat(self._file).st_size
-        try:
-            self._aside.rename(self.path)
-        except OSError as error:
-            raise ConfigError(f"moecxl pack: {self.path} cannot be put in place ({error.strerror})") from error
-        os.close(self._file)
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-        return size
-
-    def abandon(self) -> None:
-        """Remove what has been written."""
-        self._aside.unlink(missing_ok=True)
-        os.close(self._file)
-
-    def _open(self) -> int:
-        try:
-            file = os.open(self._aside, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise ConfigError(
-                f"moecxl pack: {self.path} cannot be written ({error.strerror}): name a file in a folder that is there "
-                "and writable"
-            ) from error
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(file)
-            raise self._busy_error() from error
-        # Between opening and locking, the other one may have put this very file in its place.
-        if not (self._aside.exists() and os.path.samestat(os.fstat(file), self._aside.stat())):
-            os.close(file)
-            raise self._busy_error()
-        os.ftruncate(file, 0)
-        return file
-
-    def _busy_error(self) -> ConfigError:
-        return ConfigError(f"moecxl pack: another process is packing {self.path}: wait for it")
-
-    def _require_room(self, data_bytes: int) -> None:
-        disk = os.statvfs(self._aside)
-        free_bytes = disk.f_bavail * disk.f_frsize
-        if data_bytes + self._header_bytes > free_bytes:
-            raise CapacityError(
-                f"moecxl pack: {self.path} takes about {format_bytes(data_bytes + self._header_bytes)} and its file "
-                f"system has {format_bytes(free_bytes)} free: make room, or name a file elsewhere"
-            )
-
-    def _pad(self) -> None:
-        gap = -(self._header_bytes + self._end) % ALIGN_BYTES
-        if gap:
-            self._enter(f"pad/{self._pad_count}", torch.empty(gap, dtype=torch.uint8))
-            self._write(memoryview(bytes(gap)))
-            self._pad_count += 1
-
-    def _enter(self, name: str, tensor: torch.Tensor) -> None:
-        """Note where a tensor lies; its bytes are written right after this."""
-        assert name not in self._entries
-        end = self._entry_end() + tensor.nbytes
-        self._entries[name] = {
-            "dtype": _TO_SAFETENSORS[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [end - tensor.nbytes, end],
-        }
-
-    def _entry_end(self) -> int:
-        if not self._entries:
-            return 0
-        offsets = next(reversed(self._entries.values()))["data_offsets"]
-        assert isinstance(offsets, list)
-        return int(offsets[1])
-
-    def _header(self, tail_start: int) -> bytes:
-        metadata = {
-            "format": FORMAT,
-            "fingerprint": json.dumps(self._fingerprint),
-            "layers": json.dumps([asdict(layer) for layer in self._layers]),
-            "tail_start": str(tail_start),
-        }
-        text = json.dumps({"__metadata__": metadata, **self._entries}).encode()
-        length = self._header_bytes - _LENGTH_BYTES
-        assert len(text) <= length, "the header outgrew the room that was kept for it"
-        return length.to_bytes(_LENGTH_BYTES, "little") + text.ljust(length)
-
-    def _write(self, data: memoryview) -> None:
-        data = data.cast("B")
-        self._write_at(self._header_bytes + self._end, data)
-        self._end += data.nbytes
-
-    def _write_at(self, offset: int, data: memoryview) -> None:
-        try:
-            while data.nbytes:
-                count = os.pwrite(self._file, data[:_COPY_BYTES], offset)
-                data, offset = data[count:], offset + count
-        except OSError as error:
-            raise self._write_error(error) from error
-
-    def _sync(self) -> None:
-        try:
-            os.fsync(self._file)
-        except OSError as error:
-            raise self._write_error(error) from error
-
-    def _write_error(self, error: OSError) -> CapacityError:
-        return CapacityError(f"moecxl pack: writing {self.path} failed ({error.strerror}): make room on its disk")
-
-
-def _round_up(byte_count: int) -> int:
-    return -(-byte_count // ALIGN_BYTES) * ALIGN_BYTES

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,10 @@ def _digest_of_samples(files: list[Path]) -> str:
     for path in files:
         size = path.stat().st_size
         digest.update(f"{path.name}:{size};".encode())
-        with path.open("rb") as file:
+        with path.open("rb", buffering=0) as file:
             for index in range(_SAMPLE_COUNT):
-                file.seek(index * max(size - _SAMPLE_BYTES, 0) // max(_SAMPLE_COUNT - 1, 1))
-                digest.update(file.read(_SAMPLE_BYTES))
+                offset = index * max(size - _SAMPLE_BYTES, 0) // (_SAMPLE_COUNT - 1)
+                digest.update(os.pread(file.fileno(), _SAMPLE_BYTES, offset))
     return digest.hexdigest()[:16]
 
 

@@ -1,4 +1,4 @@
-"""Serve a layer from a slab file: its kernel is built around stand-ins, and no expert of the checkpoint is read.
+"""Serve layers from a slab file: kernels are built around stand-ins, and no expert of the checkpoint is read.
 
 vLLM builds a kernel from weights that have been loaded and processed. It gets zeros of the checkpoint's shapes, for one
 expert where that is known to be enough, and processes them; the shapes that come out must be those of the slab file.
@@ -7,7 +7,10 @@ Then the rows of experts come from there, and so do the values that the kernel k
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import wraps
 from typing import Any
 
@@ -25,6 +28,30 @@ from vllm_moecxl.integration.kernels import is_built_from_one_expert
 from vllm_moecxl.integration.scan import named_tensors, solid
 from vllm_moecxl.runtime.dispatch import Dispatch
 from vllm_moecxl.runtime.runtime import OffloadRuntime
+
+#: Whether the model that is being loaded has its experts from a slab file.
+_PASSING_OVER: ContextVar[bool] = ContextVar("moe_offload_passing_over", default=False)
+#: Names of experts' tensors in checkpoints: one expert's, or those of all in one tensor. Not those of shared experts,
+#: and not a router's correction bias, which may lie beside them.
+_EXPERT_TENSOR = re.compile(r"(^|\.)experts\.(\d+\.|gate_up_proj|down_proj|w13|w1|w2|w3|v1)")
+
+
+def passes_over(weight_name: str) -> bool:
+    """Whether a tensor of the checkpoint need not be read, since a slab file has what it would become.
+
+    Names that it does not know are read, and then passed over by their loaders.
+    """
+    return _PASSING_OVER.get() and _EXPERT_TENSOR.search(weight_name) is not None
+
+
+@contextmanager
+def passing_over_experts() -> Iterator[None]:
+    """Read no experts of checkpoints inside."""
+    token = _PASSING_OVER.set(True)
+    try:
+        yield
+    finally:
+        _PASSING_OVER.reset(token)
 
 
 def load_from_file(
@@ -82,7 +109,7 @@ def load_from_file(
 
 
 def _pass_over(*args: Any, **kwargs: Any) -> bool:
-    """A weight loader that leaves the checkpoint's tensor where it is: mapped, and never read."""
+    """A weight loader for what the slab file has."""
     return True
 
 

@@ -122,3 +122,17 @@ def patch_weight_access(refuse: Callable[[Any, str], None]) -> None:
         "save_tensorized_model",
     ):
         _wrap(Worker, name, make)
+
+
+def patch_checkpoint_reading(passes_over: Callable[[str], bool]) -> None:
+    """`weight_utils.should_skip_weight`, which vLLM asks before it reads a tensor of a checkpoint."""
+    from vllm.model_executor.model_loader import weight_utils
+
+    def make(original: Callable[..., bool]) -> Callable[..., bool]:
+        @wraps(original)
+        def should_skip_weight(weight_name: str, *args: Any, **kwargs: Any) -> bool:
+            return passes_over(weight_name) or original(weight_name, *args, **kwargs)
+
+        return should_skip_weight
+
+    _wrap(weight_utils, "should_skip_weight", make)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from vllm_moecxl.config import SUPPORTED_VLLM, OffloadConfig, is_supported_vllm
-from vllm_moecxl.errors import UnsupportedModelError
+from vllm_moecxl.errors import ConfigError, UnsupportedModelError
 from vllm_moecxl.integration import WORKER_EXTENSION, patches, settings
 from vllm_moecxl.integration.checks import refuse_unsupported
 
@@ -38,6 +39,7 @@ def check_configuration(vllm_config: Any) -> None:
     on_cpu = vllm_config.device_config.device_type == "cpu"
     refuse_unsupported(vllm_config, on_cpu=on_cpu)
     _require_possible_slots(config, vllm_config.model_config)
+    _require_files(config, vllm_config.parallel_config.world_size)
     vllm_config.parallel_config.worker_extension_cls = WORKER_EXTENSION
     if not on_cpu:
         _run_without_graphs(vllm_config)
@@ -50,6 +52,17 @@ def _require_possible_slots(config: OffloadConfig, model_config: Any) -> None:
     if not config.slots.is_auto and config.slots.total_bytes is None:
         config.slots.count_for(
             model_config.get_num_experts(), model_config.get_num_experts_per_tok(), config.slots_text
+        )
+
+
+def _require_files(config: OffloadConfig, rank_count: int) -> None:
+    from vllm_moecxl.data.banks.make import require_banks
+
+    require_banks(config.banks, rank_count)
+    if config.placement_trace is not None and not Path(config.placement_trace).is_file():
+        raise ConfigError(
+            f"--moe-offload-config: placement_trace={config.placement_trace!r} is no file: name a routing trace "
+            "(.npz), or drop the option"
         )
 
 

@@ -31,6 +31,7 @@ from vllm_moecxl.integration.device_budget import reserve_bytes
 from vllm_moecxl.integration.experts import ModelUnderConstruction, SlotExperts, building, register_layers
 from vllm_moecxl.integration.fingerprint import fingerprint
 from vllm_moecxl.integration.metrics import counters_path
+from vllm_moecxl.integration.packed import passes_over, passing_over_experts
 from vllm_moecxl.integration.settings import active_config
 from vllm_moecxl.linux.topology import read_topology
 from vllm_moecxl.runtime.packing import Packer
@@ -79,20 +80,35 @@ def _build(create: Callable[[], Any], vllm_config: Any, model_config: Any) -> An
         else:
             runtime.plan(vllm_config.cache_config.kv_cache_memory_bytes, reserve_bytes(vllm_config))
         object.__setattr__(model, _RUNTIME_ATTRIBUTE, runtime)
-        _catch_direct_writes(model, under_construction)
+        _prepare_loading(model, under_construction)
     return model
 
 
-def _catch_direct_writes(model: torch.nn.Module, under_construction: ModelUnderConstruction) -> None:
-    """Some models copy weights into parameters themselves: see `integration.buffered`."""
+def _prepare_loading(model: torch.nn.Module, under_construction: ModelUnderConstruction) -> None:
+    """Put what `integration.buffered` and `integration.packed` need around the loading of weights."""
     load_weights: Callable[..., Any] = model.load_weights  # type: ignore[assignment]
 
     @wraps(load_weights)
     def load(*args: Any, **kwargs: Any) -> Any:
-        with catching_direct_writes(under_construction.buffered):
-            return load_weights(*args, **kwargs)
+        runtime = under_construction.runtime
+        if not (isinstance(runtime, OffloadRuntime) and runtime.slab_file is not None):
+            with catching_direct_writes(under_construction.buffered):
+                return load_weights(*args, **kwargs)
+        with passing_over_experts():
+            loaded = load_weights(*args, **kwargs)
+        # vLLM checks that nothing was left out: the experts were not.
+        return loaded if loaded is None else set(loaded) | _names_of_experts(model)
 
     object.__setattr__(model, "load_weights", load)
+
+
+def _names_of_experts(model: torch.nn.Module) -> set[str]:
+    return {
+        f"{module_name}.{name}"
+        for module_name, module in model.named_modules()
+        if isinstance(module, SlotExperts)
+        for name, _ in module.named_parameters(recurse=False)
+    }
 
 
 def _device(vllm_config: Any) -> torch.device:
@@ -159,3 +175,4 @@ def _refuse_weight_access(vllm_config: Any, method: str) -> None:
 
 patches.patch_model_creation(_build)
 patches.patch_weight_access(_refuse_weight_access)
+patches.patch_checkpoint_reading(passes_over)

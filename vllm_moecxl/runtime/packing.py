@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from vllm_moecxl.control.account import LayerNeed, sum_home_bytes
-from vllm_moecxl.data.slabfile import SlabFileWriter
+from vllm_moecxl.data.slabwriter import SlabFileWriter
 from vllm_moecxl.runtime.runtime import LoadedLayer
 from vllm_moecxl.units import format_bytes
 
@@ -80,6 +80,8 @@ class Packer:
             self._checked.add(layer.kernel_name)
         layer_bytes = sum(tensor.nbytes for tensor in layer.tensors.values())
         self._writer.add_layer(layer.name, layer.kernel_name, layer.tensors, layer.shared, check)
+        # Nobody will run this layer: the parameters let go of what has been written.
+        layer.bind([tensor.new_empty(0) for tensor in layer.tensors.values()])
         layer.tensors.clear()
         self._packed_count += 1
         self._progress(self._packed_count, self.layer_count, layer_bytes)

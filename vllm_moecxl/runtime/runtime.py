@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from vllm_moecxl.config import OffloadConfig
-from vllm_moecxl.control.account import (
-    Account,
-    Holding,
-    LayerNeed,
-    Machine,
-    plan,
-    require_host_room,
-    sum_home_bytes,
-    wanted_device_bytes,
-)
+from vllm_moecxl.control.account import Account, LayerNeed, Machine, plan
 from vllm_moecxl.control.eviction import POLICIES
-from vllm_moecxl.control.frequency import ActivationFrequency
-from vllm_moecxl.control.placement import BankView, Placement, place
+from vllm_moecxl.control.placement import Placement
 from vllm_moecxl.control.residency import Residency
 from vllm_moecxl.data.banks.base import Bank
 from vllm_moecxl.data.banks.file import FileBank
@@ -35,20 +23,17 @@ from vllm_moecxl.data.host import available_bytes
 from vllm_moecxl.data.layout import SlabLayout
 from vllm_moecxl.data.links import Links
 from vllm_moecxl.data.slabfile import PackedLayer
-from vllm_moecxl.data.slabs import STRIPE_GRANULE_BYTES, Cells, Home, HomeBuilder
+from vllm_moecxl.data.slabs import Cells, Home, HomeBuilder
 from vllm_moecxl.errors import CapacityError, ConfigError, IntegrityError
 from vllm_moecxl.runtime.counters import BANK_BYTES_KINDS, Counters
 from vllm_moecxl.runtime.dispatch import Bind, Dispatch, Kernel
+from vllm_moecxl.runtime.placing import Placer, slab_file_among
 from vllm_moecxl.runtime.selfcheck import SelfCheck
 from vllm_moecxl.types import PassKind
-from vllm_moecxl.units import MIB, format_bytes
+from vllm_moecxl.units import MIB, format_bytes, format_rate, format_seconds
 
 #: Host memory that the plan leaves to the rest of the process: activations, allocator slack, the tokenizer.
 _HOST_RESERVE_BYTES = 512 * MIB
-#: What kernel formats and page rounding may add to the checkpoint's bytes of a slab.
-_SLAB_GROWTH = 1.02
-#: A stripe is cut at pages: a part may exceed its share by two of them for each tensor of a slab.
-_PART_SLACK_BYTES = 16 * STRIPE_GRANULE_BYTES
 #: Progress lines of one load.
 _PROGRESS_LINE_COUNT = 10
 
@@ -142,7 +127,7 @@ class OffloadRuntime:
     @property
     def slab_file(self) -> FileBank | None:
         """The bank that already has every expert, if one of the banks is a slab file."""
-        return next((bank for bank in self.banks if isinstance(bank, FileBank)), None)
+        return slab_file_among(self.banks)
 
     def declare(self, need: LayerNeed) -> None:
         """Announce a layer while the model is being built; sizes are the checkpoint format's."""
@@ -167,102 +152,20 @@ class OffloadRuntime:
             shared=self._backend.is_host,
             kv_cache_bytes=kv_cache_bytes,
         )
-        needs = self._exact_needs()
-        self._placement = self._place(needs, machine)
-        self.account = plan(self.config, needs, machine, self._holdings(needs))
+        placer = Placer(self.config, self.banks)
+        needs = placer.exact_needs(list(self._needs.values()))
+        self._placement = placer.place(needs, machine)
+        self.account = plan(self.config, needs, machine, placer.holdings(needs, self._placement))
         self._log.info("MoE offload: byte account of this rank, before the weights are loaded:")
         for line in self.account.lines(needs):
             self._log.info("MoE offload:   %s", line)
         for bank in self.banks:
+            profile = bank.profile
             self._log.info(
-                "MoE offload:   bank %s: %s/s, %.0f ns, figures %s",
-                *(bank.name, format_bytes(int(bank.profile.read_bytes_per_s)), bank.profile.latency_s * 1e9),
-                bank.profile.source,
+                "MoE offload:   bank %s: %s, %s, figures %s",
+                *(bank.name, format_seconds(profile.latency_s), format_rate(profile.read_bytes_per_s), profile.source),
             )
         return self.account
-
-    def _exact_needs(self) -> list[LayerNeed]:
-        """The layers with the sizes of their slabs as far as they are known: a slab file knows them exactly.
-
-        Raises:
-            IntegrityError: the slab file lacks a layer.
-        """
-        needs = list(self._needs.values())
-        if self.slab_file is None:
-            return needs
-        exact = []
-        for need in needs:
-            packed = self.slab_file.slabs.layers.get(need.name)
-            if packed is None or packed.expert_count != need.expert_count:
-                raise IntegrityError(
-                    f"--moe-offload-config: bank {self.slab_file.name} has no {need.expert_count} experts of layer "
-                    f"{need.name}: pack this model with moecxl pack (a draft model's experts cannot be packed)"
-                )
-            exact.append(replace(need, slab_bytes=packed.layout.slab_bytes))
-        return exact
-
-    def _place(self, needs: Sequence[LayerNeed], machine: Machine) -> Placement:
-        home_bytes = sum_home_bytes(needs)
-        if all(bank.shares_host_memory for bank in self.banks):
-            require_host_room(home_bytes, machine)
-        host_bytes = machine.host_free_bytes
-        if machine.shared and self.slab_file is not None:
-            # What does not fit stays in the file: slots come before homes that only repeat it.
-            host_bytes = max(host_bytes - wanted_device_bytes(self.config, needs), 0)
-        views = [
-            BankView(
-                identity=bank.identity,
-                tier=bank.tier,
-                capacity_bytes=self._room(bank, host_bytes, home_bytes),
-                latency_s=bank.profile.latency_s,
-                read_bytes_per_s=bank.profile.read_bytes_per_s,
-            )
-            for bank in self.banks
-        ]
-        # Kernel formats may be a little larger than the checkpoint's, and tensors take whole pages.
-        padded = [
-            need if self.slab_file else replace(need, slab_bytes=int(need.slab_bytes * _SLAB_GROWTH)) for need in needs
-        ]
-        fits_plainly = len(views) == 1 and views[0].capacity_bytes >= home_bytes
-        return place(
-            needs if fits_plainly else padded,
-            self._frequencies(needs),
-            views,
-            self.config.stripe,
-            part_slack_bytes=_PART_SLACK_BYTES,
-        )
-
-    @staticmethod
-    def _room(bank: Bank, host_bytes: int, home_bytes: int) -> int:
-        if isinstance(bank, FileBank):
-            return home_bytes
-        if bank.capacity_bytes is None:
-            return host_bytes
-        return min(bank.capacity_bytes, host_bytes) if bank.shares_host_memory else bank.capacity_bytes
-
-    def _frequencies(self, needs: Sequence[LayerNeed]) -> Sequence[npt.NDArray[np.float64]] | None:
-        if self.config.placement_trace is None:
-            return None
-        expert_counts = {need.expert_count for need in needs}
-        if len(expert_counts) > 1:
-            raise ConfigError(
-                f"--moe-offload-config: placement_trace={self.config.placement_trace!r} is not possible: the layers of "
-                "this model differ in their number of experts, drop the option"
-            )
-        path = Path(self.config.placement_trace)
-        return list(ActivationFrequency.from_trace(path, len(needs), expert_counts.pop()).values)
-
-    def _holdings(self, needs: Sequence[LayerNeed]) -> list[Holding]:
-        assert self._placement is not None
-        byte_counts = [0.0] * len(self.banks)
-        for need, route_ids in zip(needs, self._placement.route_ids, strict=True):
-            for route_id, count in zip(*np.unique(route_ids, return_counts=True), strict=True):
-                for part in self._placement.routes[route_id]:
-                    byte_counts[part.bank_index] += float(count) * part.share * need.slab_bytes
-        return [
-            Holding(bank.name, round(count), bank.shares_host_memory)
-            for bank, count in zip(self.banks, byte_counts, strict=True)
-        ]
 
     def install(self, layer: LoadedLayer) -> Dispatch:
         """Take a layer's experts home and give it slots.

@@ -13,7 +13,7 @@ from vllm_moecxl.commands.main import EXIT_USAGE, main
 from vllm_moecxl.data import profiling
 from vllm_moecxl.data.banks.make import make_banks
 from vllm_moecxl.data.profiles import default_path, load_profiles, machine_identity
-from vllm_moecxl.data.slabfile import SlabFileWriter
+from vllm_moecxl.data.slabwriter import SlabFileWriter
 from vllm_moecxl.errors import TransferError
 from vllm_moecxl.linux.topology import read_topology
 from vllm_moecxl.units import MIB

@@ -74,7 +74,7 @@ class Bank(Protocol):
     def reads_directly(self) -> bool: ...
 
     def read(self, copies: Sequence[RowCopy]) -> None:
-        """Fill every target; returns when all of them are filled. Any thread, one call at a time.
+        """Fill every target; returns when all of them are filled. Any number of threads.
 
         Raises:
             TransferError: the bank cannot be read.

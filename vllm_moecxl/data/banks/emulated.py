@@ -10,7 +10,7 @@ from vllm_moecxl.control.device_model import DeviceModel
 from vllm_moecxl.data.banks.base import BankProfile, RowCopy
 from vllm_moecxl.data.banks.memory import DramBank
 from vllm_moecxl.types import Tier
-from vllm_moecxl.units import MIB
+from vllm_moecxl.units import MIB, format_rate, format_seconds
 
 #: The kernel wakes a sleeper this late, about; the rest is waited out awake.
 _WAKE_UP_S = 100e-6
@@ -81,6 +81,6 @@ class EmulatedBank(DramBank):
 
     def describe(self) -> str:
         spec = self._model.spec
-        device = f"{spec.latency_s * 1e6:g} us, {spec.read_bytes_per_s / 1e9:.2f} GB/s"
+        device = f"{format_seconds(spec.latency_s)}, {format_rate(spec.read_bytes_per_s)}"
         pace = "" if self.keeps_pace else ", but this machine is too slow to keep the device's pace"
         return f"{super().describe()}, EMULATED: DRAM at the pace of a device of {device}{pace}"

@@ -14,6 +14,7 @@ from vllm_moecxl.data.banks.emulated import EmulatedBank
 from vllm_moecxl.data.banks.file import FileBank
 from vllm_moecxl.data.banks.memory import DaxBank, DramBank, NumaBank
 from vllm_moecxl.data.profiles import Profiles
+from vllm_moecxl.data.slabfile import SlabFile
 from vllm_moecxl.errors import ConfigError
 from vllm_moecxl.linux import memory
 from vllm_moecxl.linux.topology import Topology, read_topology
@@ -50,6 +51,27 @@ def make_banks(
         if counts[bank.identity] > 1:  # two dax devices of one region: as fast as each other, and yet two places
             bank.identity = f"{bank.identity} {bank.name}"
     return banks
+
+
+def require_banks(specs: Sequence[BankSpec] | None, rank_count: int, *, sysfs: Path = _SYSFS) -> None:
+    """Say at once what each worker would find out after it has started: a bank that this machine has not got.
+
+    Raises:
+        ConfigError, IntegrityError: one sentence.
+    """
+    for spec in specs or ():
+        match spec.kind:
+            case "numa":
+                memory.available_bytes(int(spec.locator), sysfs)
+            case "dax" if not Path(spec.locator).exists():
+                raise ConfigError(
+                    f'--moe-offload-config: banks="{spec.name}" is no dax device of this machine: see moecxl topology'
+                )
+            case "file":
+                for rank in range(rank_count):
+                    SlabFile(slab_file_path(Path(spec.locator), rank, rank_count)).close()
+            case "emulated":
+                DeviceSpec.parse(spec.locator)
 
 
 def bank_identity(spec: BankSpec, topology: Topology) -> str:
