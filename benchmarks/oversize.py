@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", type=Path, default=default, help=f"narrow, trained Mixtral (default: {default.name})"
     )
     parser.add_argument("--intermediate-size", type=int, help="width that its experts get (default: 12.6 MB each)")
-    parser.add_argument("--slots", default="rest", help="slots of our engine (default: the most that the limit bears)")
+    parser.add_argument("--slots", default="auto", help="slots of our engine")
     parser.add_argument(
         "--moe-offload", type=json.loads, default={"layer_buffer": False}, help="more options of our engine"
     )
@@ -103,9 +103,6 @@ def run(args: argparse.Namespace) -> Result:
             accelerate_trials: list[Result] = []
             if "accelerate" in contests:
                 accelerate_trials = _fit_accelerate(contests["accelerate"], work, config, wide_experts_bytes)
-            our_trials: list[Result] = []
-            if "ours" in contests and args.slots == "rest":
-                our_trials = _fit_ours(contests["ours"], work, config)
             rounds = []
             for _ in range(args.rounds):
                 bandwidth = direct_io.read_bytes_per_s(folder / "wide" / "model.safetensors")
@@ -131,7 +128,6 @@ def run(args: argparse.Namespace) -> Result:
         "tuned_read_ahead_bytes": _TUNED_READ_AHEAD_BYTES,
         "model": f"{args.model.name}, experts widened to {width}",
         "slots": args.slots,
-        "our_trials": our_trials,
         "moe_offload": args.moe_offload,
         "clock": "decode alone: tokens after a prompt's first over the time between them; median of the rounds",
         "work": {
@@ -208,9 +204,7 @@ def _contests(args: argparse.Namespace, folder: Path, volume_bytes: int) -> Iter
         if name == "ours":
             # The file bank of this engine; `moecxl pack` wrote it.
             banks = [f"file:{slab_files[size]}"]
-            # Until `_fit_ours` has found better: the narrow model's footprint is that of its topmost choice.
-            slots = "75%" if args.slots == "rest" else args.slots
-            options = {"mode": "cxl", "slots": slots, "banks": banks, **args.moe_offload}
+            options = {"mode": "cxl", "slots": args.slots, "banks": banks, **args.moe_offload}
             files.append(slab_files[size])
         arguments = {"model": str(model), "max_model_len": _MAX_MODEL_LEN, "moe_offload": options}
         return Case("benchmarks.peers.run_vllm", arguments, files)
@@ -246,20 +240,6 @@ def _measure_footprint(name: str, contest: Contest, wide_experts_bytes: int) -> 
     _, contest.footprint = contest.narrow.run(work, None)
     contest.limit_bytes = contest.footprint.peak_bytes + wide_experts_bytes // 2
     _log(name, f"footprint {format_bytes(contest.footprint.peak_bytes)}, limit {format_bytes(contest.limit_bytes)}")
-
-
-def _fit_ours(contest: Contest, work: Work, config: Result) -> list[Result]:
-    """Find how many slots a layer can have: from three quarters of its experts down to what a token needs."""
-    trial_work = Work([], work.prompts[:1], 16, 60.0, [])
-    trials: list[Result] = []
-    for count in range(config["num_local_experts"] * 3 // 4, config["num_experts_per_tok"] - 1, -1):
-        contest.wide.arguments["moe_offload"]["slots"] = count
-        result, _ = contest.wide.run(trial_work, contest.limit_bytes)
-        trials.append({"slots": count, "oom_killed": result is None})
-        _log("ours", f"trial {trials[-1]}")
-        if result is not None:
-            break
-    return trials
 
 
 def _fit_accelerate(contest: Contest, work: Work, config: Result, wide_experts_bytes: int) -> list[Result]:

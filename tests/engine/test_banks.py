@@ -24,6 +24,7 @@ from tests.engine.harness import (
     pack_model,
 )
 from tests.engine.test_equality import Equality, compare, resident_outputs
+from vllm_moecxl.units import MIB
 
 _WEIGHTS = "model.safetensors"
 _SLAB_BYTES = 3 * 128 * 256 * 2
@@ -199,7 +200,9 @@ def test_more_experts_than_memory(fixture_model: str, tmp_path: Path) -> None:
     page_cache.drop([wide, slabs])
     home = {"slots": 2, "banks": [f"file:{slabs}"], "layer_buffer": False}
     outputs = tmp_path / "outputs.json"
-    engine = {"model": str(wide), "moe_offload": "cxl", "moe_offload_config": home, "max_num_seqs": 2}
+    # Half of the experts' bytes have to hold the engine as well: nothing is spent on wide batches.
+    frugal = {"max_num_seqs": 2, "max_num_batched_tokens": 16, "kv_cache_memory_bytes": 16 * MIB}
+    engine = {"model": str(wide), "moe_offload": "cxl", "moe_offload_config": home, **frugal}
     usage = cgroup.run(
         [sys.executable, "-m", "tests.engine.harness", json.dumps(engine), str(outputs)],
         limit_bytes=experts_bytes // 2,

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +19,8 @@ from vllm_moecxl.commands.findings import Finding
 from vllm_moecxl.commands.installed import judge_engine, judge_plugin, read_engine, read_plugin
 from vllm_moecxl.commands.machine import judge_devices, judge_memory, read_devices, read_memory
 from vllm_moecxl.commands.topology import judge_memory_device, judge_region
+from vllm_moecxl.linux import syscalls
+from vllm_moecxl.linux.memory import Mapping
 from vllm_moecxl.linux.topology import SYSFS, Topology, read_topology
 from vllm_moecxl.units import format_bytes, format_rate, format_seconds
 
@@ -57,6 +61,7 @@ def examine(sysfs: Path) -> dict[str, Any]:
             *judge_devices(devices, engine.kind),
             *judge_memory(memory, engine.kind),
             *judge_nodes(topology, engine.kind),
+            *judge_placement(try_placement()),
             *judge_cxl(topology),
             *judge_profiles(topology),
         ],
@@ -100,6 +105,31 @@ def judge_cxl(topology: Topology) -> Iterator[Finding]:
         yield judge_memory_device(memory)
     for region in topology.regions:
         yield judge_region(region, topology)
+
+
+def judge_placement(error: OSError | None) -> Iterator[Finding]:
+    """Whether banks on NUMA nodes can be had at all, given what the kernel said to an attempt."""
+    if error is None:
+        yield Finding("ok", "numa", "this process may say on which node its memory lies")
+    else:
+        yield Finding(
+            "note",
+            "numa",
+            f"this process may not say on which node its memory lies ({error.strerror}), so banks of kind numa are "
+            "refused: allow mbind (docker: --cap-add SYS_NICE)",
+        )
+
+
+def try_placement(status: Path = Path("/proc/self/status")) -> OSError | None:
+    """Bind a page to a node that this process may use; the error if the kernel refuses."""
+    allowed = re.search(r"^Mems_allowed_list:\s*(\d+)", status.read_text(), re.M)
+    mapping = Mapping.anonymous(mmap.PAGESIZE)
+    try:
+        nodes = [int(allowed[1]) if allowed else 0]
+        syscalls.mbind(mapping.address, mapping.byte_count, syscalls.MPOL_BIND, nodes)
+    except OSError as error:
+        return error
+    return None
 
 
 def judge_profiles(topology: Topology) -> Iterator[Finding]:

@@ -39,7 +39,9 @@ def _host_activation_bytes(vllm_config: Any) -> int:
     model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
     config = model.hf_text_config
     element_bytes = torch.empty((), dtype=model.dtype).element_size()
-    width = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", 0)
+    widths = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", 0)
+    # Some models give a width for each layer.
+    width = max(widths) if isinstance(widths, list | tuple) else widths
     width //= vllm_config.parallel_config.tensor_parallel_size
     per_token = _WIDE_ROWS * model.get_num_experts_per_tok() * width + _HIDDEN_STATES * model.get_hidden_size()
     logits = scheduler.max_num_seqs * model.get_vocab_size() * _LOGIT_BYTES

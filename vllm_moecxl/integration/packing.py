@@ -43,7 +43,7 @@ def pack(model: str, target: Path, engine_arguments: Sequence[str], *, replace: 
     arguments = EngineArgs.from_cli_args(parser.parse_args(["--model", model, *engine_arguments]))
     if arguments.load_format == "dummy":
         raise ConfigError("moecxl pack: --load-format dummy has no weights to pack: name a model that has")
-    _require_replaceable(target, arguments.tensor_parallel_size * arguments.pipeline_parallel_size, replace=replace)
+    require_replaceable(target, arguments.tensor_parallel_size * arguments.pipeline_parallel_size, replace=replace)
     options = {"mode": "cxl", "pack_to": str(target.absolute())}
     arguments.additional_config = settings.merge(arguments.additional_config, **options)
     arguments.use_tqdm_on_load = False  # there is a bar of our own
@@ -61,7 +61,7 @@ def pack(model: str, target: Path, engine_arguments: Sequence[str], *, replace: 
     return results
 
 
-def _require_replaceable(target: Path, rank_count: int, *, replace: bool) -> None:
+def require_replaceable(target: Path, rank_count: int, *, replace: bool) -> None:
     """Never overwrite what we did not make, nor what we made without being told to."""
     from vllm_moecxl.data.banks.make import slab_file_path
 

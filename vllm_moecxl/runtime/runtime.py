@@ -274,8 +274,13 @@ class OffloadRuntime:
                 f"self-check of {layer.name}: {pass_kind.value} passes change {different} outputs of "
                 f"{layer.kernel_name} here"
             )
+            hopeless = (
+                "this kernel cannot be served from slots, drop --moe-offload"
+                if layer.packed is None
+                else "the slab file is not this engine's, run moecxl pack again with the engine's own options"
+            )
             if pass_kind is PassKind.LAYER_BUFFER:
-                raise IntegrityError(f"{sentence}: this kernel cannot be served from slots, drop --moe-offload")
+                raise IntegrityError(f"{sentence}: {hopeless}")
             if layer_buffer is None:
                 raise IntegrityError(
                     f"{sentence}: set --moe-offload-config.layer_buffer true, or accept it with passes fast"
@@ -284,10 +289,7 @@ class OffloadRuntime:
             pass_kind = PassKind.LAYER_BUFFER
             different = check.run(lambda: dispatch(pass_kind, layer_buffer, self._private_counters()))
             if different:
-                raise IntegrityError(
-                    f"{sentence}, and so does the layer buffer: this kernel cannot be served from slots, "
-                    "drop --moe-offload"
-                )
+                raise IntegrityError(f"{sentence}, and so does the layer buffer: {hopeless}")
         self._confirmed[layer.kernel_name] = pass_kind
         self._log.info(
             "MoE offload: %s runs wide forwards by %s, bit-equal in the self-check", layer.kernel_name, pass_kind.value

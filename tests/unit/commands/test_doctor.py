@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from tests.support.sysfs_trees import SysfsTree, devdax, two_sockets
 from tests.unit.commands.conftest import Install
+from vllm_moecxl.commands import doctor
 from vllm_moecxl.commands.doctor import examine
 from vllm_moecxl.commands.findings import Finding
 from vllm_moecxl.commands.installed import judge_engine, judge_plugin, read_engine, read_plugin
@@ -80,6 +82,17 @@ def test_devdax_memory_is_named_as_a_bank(sysfs: SysfsTree) -> None:
     devdax(sysfs)
     texts = _texts(examine(sysfs.root)["findings"], "ok", "cxl")
     assert any('bank spec "dax:/dev/dax0.0"' in text for text in texts)
+
+
+def test_a_kernel_that_refuses_placement_is_named_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [finding.level for finding in doctor.judge_placement(doctor.try_placement())] == ["ok"]
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted", "mbind")
+
+    monkeypatch.setattr(doctor.syscalls, "mbind", refuse)
+    (finding,) = doctor.judge_placement(doctor.try_placement())
+    assert finding.level == "note" and "Operation not permitted" in finding.text and "SYS_NICE" in finding.text
 
 
 def test_missing_vllm_is_a_problem_and_not_a_crash(
