@@ -130,7 +130,7 @@ def test_a_bank_says_that_it_is_slow_only_after_enough_bytes() -> None:
 def test_a_bank_in_words_names_its_device() -> None:
     (made,) = make_banks([BankSpec.parse("emulated:1us,1GB/s=1GiB")], Profiles())
     assert made.describe() == (
-        "bank emulated:1us,1GB/s: 0 B in use, EMULATED: DRAM at the pace of a device of 1 us, 1.00 GB/s"
+        "bank emulated:1us,1GB/s: 0 B in use, EMULATED: DRAM at the pace of a device of 1 us, 1 GB/s"
     )
 
 
