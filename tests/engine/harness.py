@@ -1,7 +1,8 @@
 """Run a real vLLM engine over fixed requests, with or without offloading, and keep every token and logprob.
 
-Run as a script it takes a JSON object of engine arguments and prints one of outputs (or writes it to a file), for
-engines that need a process of their own: `python -m tests.engine.harness '{"model": ..., ...}' [FILE]`.
+Run as a script it takes a JSON object of engine arguments and prints one of outputs, for engines that need a process of
+their own: `python -m tests.engine.harness '{"model": ..., ...}'`. A file to write to instead and a JSON list of
+scenarios may follow.
 """
 
 from __future__ import annotations
@@ -127,7 +128,8 @@ def generate_in_own_process(environment: dict[str, str] | None = None, **engine:
 
 
 if __name__ == "__main__":
-    results_of_all = json.dumps(generate(**json.loads(sys.argv[1])))
+    chosen = tuple(Scenario(**one) for one in json.loads(sys.argv[3])) if len(sys.argv) > 3 else SCENARIOS
+    results_of_all = json.dumps(generate(chosen, **json.loads(sys.argv[1])))
     if len(sys.argv) > 2:
         Path(sys.argv[2]).write_text(results_of_all)
     else:
