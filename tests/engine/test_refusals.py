@@ -70,7 +70,11 @@ def test_a_dense_model_is_refused(dense_model: str) -> None:
         ({"mode": "cxl", "slots": 1}, "slots=1 .*at least 2"),
         ({"mode": "cxl", "slots": "5%"}, "slots='5%' .*at least 25%"),
         ({"mode": "cxl", "slots": 9}, "slots=9 .*only 8 experts"),
-        ({"mode": "cxl", "banks": ["numa:1"]}, "banks='numa:1'"),
+        ({"mode": "cxl", "banks": ["tape:1"]}, "banks='tape:1'"),
+        ({"mode": "cxl", "banks": ["numa:999"]}, '"numa:999" is no node of this machine'),
+        ({"mode": "cxl", "banks": "file:/nowhere/model.slabs"}, 'banks="file:/nowhere/model.slabs" cannot be opened'),
+        ({"mode": "cxl", "banks": ["emulated:fast"]}, "emulated:fast.* is not possible"),
+        ({"mode": "cxl", "placement_trace": "/nowhere.npz"}, "placement_trace='/nowhere.npz' is no file"),
         ({"mode": "yes"}, "mode='yes'"),
         ({"slots": 4}, "--moe-offload is off"),
         ("cxl", "moe_offload='cxl'"),
@@ -180,8 +184,8 @@ generate(model={fixture_model!r}, moe_offload="cxl", moe_offload_config={{"banks
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert run.returncode != 0
     last = run.stderr.rstrip().splitlines()[-1]
-    assert "CapacityError: --moe-offload-config: banks gives 1.00 MiB to bank dram" in last
-    assert "at least 9MiB" in last
+    assert "CapacityError: --moe-offload-config banks=['dram'] together give 1.00 MiB and the experts take" in last
+    assert "give the banks at least 9MiB more" in last
 
 
 def test_weights_cannot_be_replaced_under_the_slots(fixture_model: str) -> None:
