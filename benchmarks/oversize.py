@@ -23,7 +23,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks import cgroup, direct_io, loop_volume
-from benchmarks.common import FIXTURE_MODEL, Result, print_table, save
+from benchmarks.common import Result, print_table, save, trained_model
 from benchmarks.peers import install
 from benchmarks.peers.contest import Case, Contest
 from benchmarks.peers.work import Work
@@ -31,7 +31,6 @@ from benchmarks.widen import widen
 from vllm_moecxl.units import KIB, MIB, format_bytes
 
 _REPOSITORY = Path(__file__).parent.parent
-_SHARED_MODEL = _REPOSITORY.parent / "shared" / "models" / "mixtral-mini"
 #: Two matrices in, one out, bf16: 12.6 MB experts, whatever the model's hidden size.
 _EXPERT_MATRIX_ELEMENTS = 1 << 21
 _MAX_MODEL_LEN = 512
@@ -68,7 +67,7 @@ _PROMPTS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark."""
-    default = _SHARED_MODEL if _SHARED_MODEL.exists() else FIXTURE_MODEL
+    default = trained_model()
     parser.add_argument(
         "--model", type=Path, default=default, help=f"narrow, trained Mixtral (default: {default.name})"
     )

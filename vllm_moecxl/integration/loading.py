@@ -71,8 +71,13 @@ def load_to_homes(
         trim_heap()
         is_home = True
 
-    method.create_weights = create_on_meta
-    method.process_weights_after_loading = process_and_take_home
+    replace_steps(method, create_on_meta, process_and_take_home)
+
+
+def replace_steps(method: FusedMoEMethodBase, create: Callable[..., None], process: Callable[..., None]) -> None:
+    """Let one method object create its weights on the meta device, and process them layer by layer, our way."""
+    method.create_weights = create
+    method.process_weights_after_loading = process
     method.uses_meta_device = True
     # Without this, vLLM would move our cells to the device and back around the processing step.
     method.requires_device_loading = False

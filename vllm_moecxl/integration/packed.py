@@ -25,6 +25,7 @@ from vllm_moecxl.errors import IntegrityError
 from vllm_moecxl.integration.described import describe_layer, need_of
 from vllm_moecxl.integration.initial_values import InitialValues
 from vllm_moecxl.integration.kernels import is_built_from_one_expert
+from vllm_moecxl.integration.loading import replace_steps
 from vllm_moecxl.integration.scan import named_tensors, solid
 from vllm_moecxl.runtime.dispatch import Dispatch
 from vllm_moecxl.runtime.runtime import OffloadRuntime
@@ -102,10 +103,7 @@ def load_from_file(
         trim_heap()
         is_home = True
 
-    method.create_weights = create_on_meta
-    method.process_weights_after_loading = process_stand_ins
-    method.uses_meta_device = True
-    method.requires_device_loading = False
+    replace_steps(method, create_on_meta, process_stand_ins)
 
 
 def _pass_over(*args: Any, **kwargs: Any) -> bool:
