@@ -13,6 +13,8 @@ BENCHMARKS = {
     "load": "benchmarks.load",
     "oversize": "benchmarks.oversize",
     "striping": "benchmarks.striping",
+    "overlap": "benchmarks.overlap",
+    "interference": "benchmarks.interference",
 }
 
 

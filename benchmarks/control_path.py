@@ -16,7 +16,7 @@ from vllm_moecxl.control.eviction import POLICIES
 from vllm_moecxl.control.placement import Part
 from vllm_moecxl.control.residency import Residency
 from vllm_moecxl.data.banks.memory import DramBank
-from vllm_moecxl.data.devices import CpuBackend
+from vllm_moecxl.data.devices.cpu import CpuBackend
 from vllm_moecxl.data.links import Links
 from vllm_moecxl.data.profiles import PUBLISHED
 from vllm_moecxl.data.slabs import Cells, HomeBuilder

@@ -52,13 +52,26 @@ def call_in_child(module: str, function: str, **arguments: Any) -> Result:
 
 
 def make_engine(
-    model: Path, *, slots: str | None, banks: list[str] | None = None, max_model_len: int = 1024, **options: Any
+    model: Path,
+    *,
+    slots: str | None,
+    banks: list[str] | None = None,
+    moe_offload: Result | None = None,
+    max_model_len: int = 1024,
+    **options: Any,
 ) -> Any:
-    """A `vllm.LLM`: plain vLLM, or offloading with `slots`. Only in a child of `call_in_child`."""
+    """A `vllm.LLM`: plain vLLM, or offloading with `slots`. Only in a child of `call_in_child`.
+
+    Args:
+        banks: homes of the experts; None for "auto".
+        moe_offload: more options of the offload.
+        options: more arguments of the engine.
+    """
     from vllm import LLM
 
     if slots is not None:
-        options["additional_config"] = {"moe_offload": {"mode": "cxl", "slots": slots, "banks": banks or "auto"}}
+        offload = {"mode": "cxl", "slots": slots, "banks": banks or "auto", **(moe_offload or {})}
+        options["additional_config"] = {"moe_offload": offload}
     return LLM(
         str(model),
         enforce_eager=True,
@@ -67,3 +80,31 @@ def make_engine(
         enable_prefix_caching=False,
         **options,
     )
+
+
+def offload_stats(llm: Any) -> dict[str, float]:
+    """Our counters of an engine with one worker, summed (`passes_total`) and by label (`passes_total.single`)."""
+    stats: dict[str, float] = {}
+    for full_name, labels, value in llm.collective_rpc("moe_offload_stats")[0]:
+        name = full_name.removeprefix("vllm:moe_offload_")
+        keys = [name, ".".join([name, *labels.values()])] if labels else [name]
+        for key in keys:
+            stats[key] = stats.get(key, 0.0) + value
+    return stats
+
+
+def offload_stats_since(llm: Any, before: dict[str, float]) -> dict[str, float]:
+    """What the counters have grown by since `before`."""
+    return {key: value - before[key] for key, value in offload_stats(llm).items()}
+
+
+def offload_figures(growth: dict[str, float]) -> Result:
+    """What a growth of the counters says: hits, bytes, waits and passes."""
+    looked_up = growth["lookups_total"]
+    prefix = "passes_total."
+    return {
+        "hit_rate": round(growth["lookups_total.hit"] / looked_up, 4) if looked_up else None,
+        "fetch_bytes": round(growth["fetch_bytes_total"]),
+        "stall_s": round(growth["stall_seconds_total"], 3),
+        "passes": {key.removeprefix(prefix): round(value) for key, value in growth.items() if key.startswith(prefix)},
+    }

@@ -16,7 +16,7 @@ from vllm_moecxl.control.placement import BankView, place
 from vllm_moecxl.data.banks.base import Bank
 from vllm_moecxl.data.banks.emulated import EmulatedBank
 from vllm_moecxl.data.banks.make import make_banks
-from vllm_moecxl.data.devices import CpuBackend
+from vllm_moecxl.data.devices.cpu import CpuBackend
 from vllm_moecxl.data.host import anonymous_tensor
 from vllm_moecxl.data.layout import SlabLayout
 from vllm_moecxl.data.links import Links

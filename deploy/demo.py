@@ -25,7 +25,8 @@ _START_TIMEOUT_S = 300.0
 
 def main() -> int:
     """Run both engines, one after the other; 0 if they said the same."""
-    offload = ["--moe-offload", "cxl", "--moe-offload-config.slots", "50%"]
+    # Homes and slots are both DRAM here: left to itself the CPU engine would read the homes in place and need no slots.
+    offload = ["--moe-offload", "cxl", "--moe-offload-config", '{"slots": "50%", "in_place": "never"}']
     print(f"$ vllm serve {_MODEL.name} {' '.join(offload)}")
     with _serve(offload) as url:
         offloaded = [_complete(url, prompt) for prompt in _PROMPTS]

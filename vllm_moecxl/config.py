@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from vllm_moecxl.errors import ConfigError
-from vllm_moecxl.types import StripeMode
+from vllm_moecxl.types import InPlaceMode, StripeMode
 from vllm_moecxl.units import parse_bytes
 
 Mode = Literal["off", "cxl"]
@@ -176,11 +176,16 @@ class OffloadConfig:
         stripe: which slabs are cut over several banks: "auto" (large ones, over the banks of one tier), "all" (those of
             all memory banks) or "never".
         placement_trace: a routing trace whose frequent experts get the best places; None for "all alike".
+        strict_placement: whether pages that are not on the node that was asked for, at allocation or after they were
+            registered with the device, end the start; False warns and serves from where they are.
         verify: when slabs of a file are checked.
         eviction: name of an eviction policy.
         passes: "exact" keeps the resident model's result; "fast" fetches each slab once per forward and may change
             the last bit.
         pack_to: the slab file that `moecxl pack` makes instead of serving; None to serve.
+        in_place: whether a layer may run straight from its homes where the device can address them: "auto" decides
+            forward by forward what is cheaper.
+        sidecar: whether fetches run beside the forward; False leaves demand fetches alone.
         layer_buffer: whether wide forwards stream through one layer's worth of shared slots; "auto" where it fits.
     """
 
@@ -190,11 +195,14 @@ class OffloadConfig:
     banks: tuple[BankSpec, ...] | None = None
     stripe: StripeMode = "auto"
     placement_trace: str | None = None
+    strict_placement: bool = False
     verify: Verify = "load"
     pack_to: str | None = None
     eviction: str = "lru"
     passes: Literal["exact", "fast"] = "exact"
     layer_buffer: bool | Literal["auto"] = "auto"
+    in_place: InPlaceMode = "auto"
+    sidecar: bool = True
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> OffloadConfig:
@@ -215,11 +223,14 @@ class OffloadConfig:
             banks=_parse_banks(raw.get("banks", "auto")),
             stripe=_one_of("stripe", raw.get("stripe", "auto"), get_args(StripeMode)),
             placement_trace=_path("placement_trace", raw.get("placement_trace")),
+            strict_placement=_one_of("strict_placement", raw.get("strict_placement", False), (True, False)),
             verify=_one_of("verify", raw.get("verify", "load"), get_args(Verify)),
             pack_to=_path("pack_to", raw.get("pack_to")),
             eviction=_one_of("eviction", raw.get("eviction", "lru"), EVICTIONS),
             passes=_one_of("passes", raw.get("passes", "exact"), ("exact", "fast")),
             layer_buffer=_one_of("layer_buffer", raw.get("layer_buffer", "auto"), ("auto", True, False)),
+            in_place=_one_of("in_place", raw.get("in_place", "auto"), get_args(InPlaceMode)),
+            sidecar=_one_of("sidecar", raw.get("sidecar", True), (True, False)),
         )
         if config.mode == "off" and (options := sorted(set(raw) - {"mode"})):
             raise ConfigError(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.property.toy_moe import HIDDEN_SIZE, KernelFailure, Served, ToyMoe
-from vllm_moecxl.data.slabs import Cells, Home
+from vllm_moecxl.data.slabs import Home, Piece
 from vllm_moecxl.errors import IntegrityError, TransferError
-from vllm_moecxl.types import Lookup, PassKind
+from vllm_moecxl.types import Cause, InPlaceMode, Lookup, PassKind
 
 Ids = list[list[int]]
 Event = Literal["", "rehearsal", "fetch fails", "kernel fails", "bad id"]
@@ -33,12 +33,14 @@ class Forward:
     """One call of the layer, and what goes wrong in it.
 
     Attributes:
+        prefetch: experts that somebody asks for before it.
         event: what goes wrong, or happens, before it.
         when: how many fetches or kernel calls succeed before; or the id that no layer has.
         layout: how the router's ids lie in memory.
     """
 
     ids: Ids
+    prefetch: list[int] = field(default_factory=list)
     event: Event = ""
     when: int = 0
     dtype: torch.dtype = torch.int32
@@ -53,9 +55,11 @@ class Scenario:
     topk: int
     slot_count: int
     pass_kind: PassKind
-    has_layer_buffer: bool
+    buffer_count: int
     forwards: list[Forward]
     is_host: bool = True
+    in_place: InPlaceMode = "never"
+    has_helper: bool = False
 
 
 @st.composite
@@ -66,6 +70,7 @@ def scenarios(draw: st.DrawFn) -> Scenario:
     forward = st.builds(
         Forward,
         ids=st.lists(token, max_size=10),
+        prefetch=st.lists(st.integers(0, expert_count - 1), max_size=3),
         event=st.sampled_from(["", "", "", "rehearsal", "fetch fails", "kernel fails", "bad id"]),
         when=st.integers(0, 6),
         dtype=st.sampled_from([torch.int32, torch.int32, torch.int64, torch.int16, torch.uint32]),
@@ -77,8 +82,10 @@ def scenarios(draw: st.DrawFn) -> Scenario:
         topk,
         draw(st.integers(topk, expert_count)),
         pass_kind,
-        pass_kind is PassKind.LAYER_BUFFER or draw(st.booleans()),
+        draw(st.integers(1 if pass_kind is PassKind.LAYER_BUFFER else 0, 2)),
         draw(st.lists(forward, min_size=1, max_size=6)),
+        is_host := draw(st.booleans()),
+        draw(st.sampled_from(["never", "never", "auto"])) if is_host else "never",
         draw(st.booleans()),
     )
 
@@ -104,49 +111,57 @@ def batch_of(forward: Forward, scenario: Scenario, seed: int) -> tuple[torch.Ten
 
 
 def break_fetches(monkeypatch: pytest.MonkeyPatch, allowed_count: int) -> None:
-    """Let `allowed_count` slabs through, then fail with a slab half written."""
-    fetch = Cells.fetch
+    """Let `allowed_count` slabs through (they are of one piece here), then fail with a slab half written."""
+    read = Home.read_piece
     left = itertools.count(allowed_count, -1)
 
-    def failing(self: Cells, home: Home, expert_ids: list[int], cell_ids: list[int]) -> None:
-        for expert_id, cell_id in zip(expert_ids, cell_ids, strict=True):
-            if next(left) <= 0:
-                self.tensors[0][cell_id].fill_(float("nan"))
-                raise FetchFailure
-            fetch(self, home, [expert_id], [cell_id])
+    def failing(self: Home, piece: Piece, source: int, targets: Sequence[torch.Tensor]) -> None:
+        if next(left) <= 0:
+            targets[0].fill_(0xFF)  # NaNs, as floats
+            raise FetchFailure
+        read(self, piece, source, targets)
 
-    monkeypatch.setattr(Cells, "fetch", failing)
+    monkeypatch.setattr(Home, "read_piece", failing)
 
 
 def check_counters(served: Served, ids: torch.Tensor, run: Callable[[], torch.Tensor]) -> torch.Tensor:
     """Run a forward and hold what it counts against what it has to count."""
     counters = served.counters
     distinct = np.unique(ids.long().numpy())
-    miss_count = int(np.count_nonzero(~served.residency.resident_mask()[distinct]))
+    absent_count = int(np.count_nonzero(~served.residency.resident_mask()[distinct]))
+    served.mover.poll()
     before = counters.values.copy()
     output = run()
+    served.mover.poll()
     delta = counters.values - before
-    assert delta[counters.hit] == distinct.size - miss_count
-    assert delta[counters.lookup[Lookup.MISS]] == miss_count
-    assert delta[counters.lookup[Lookup.PENDING]] == 0
-    fetch_bytes = delta[counters.fetch_bytes["dram"]]
+    lookups = {outcome: int(delta[row]) for outcome, row in counters.lookup.items()}
     pass_counts = {kind: int(delta[row]) for kind, row in counters.passes.items() if delta[row]}
     assert len(pass_counts) == (1 if ids.numel() else 0)
+    assert lookups[Lookup.HIT] == distinct.size - absent_count
+    assert lookups[Lookup.MISS] + lookups[Lookup.PENDING] == absent_count
+    fetch_bytes = sum(delta[counters.fetch_bytes["dram", cause]] for cause in Cause)
     if PassKind.TOKEN in pass_counts:  # may fetch an expert again in a later pass
-        assert miss_count * served.slab_bytes <= fetch_bytes <= ids.numel() * served.slab_bytes
+        assert absent_count * served.slab_bytes <= fetch_bytes <= ids.numel() * served.slab_bytes
         assert pass_counts[PassKind.TOKEN] > 1
+    elif PassKind.IN_PLACE in pass_counts:
+        assert fetch_bytes == 0
     else:
-        assert fetch_bytes == miss_count * served.slab_bytes
+        assert fetch_bytes == absent_count * served.slab_bytes
     if PassKind.EXPERT in pass_counts:
         assert pass_counts[PassKind.EXPERT] == -(-distinct.size // served.residency.slot_count)
-    assert (distinct.size <= served.residency.slot_count) == (pass_counts.keys() <= {PassKind.SINGLE})
+    is_narrow = distinct.size <= served.residency.slot_count
+    assert is_narrow or PassKind.SINGLE not in pass_counts
+    if is_narrow and not served.helper.is_up:
+        assert pass_counts.keys() <= {PassKind.SINGLE, PassKind.IN_PLACE}
     assert (delta[counters.stall_ns] > 0) == (fetch_bytes > 0)
+    assert sum(delta[row] for row in counters.prefetch.values()) == 0
     return output
 
 
 def check_forward(served: Served, scenario: Scenario, forward: Forward, seed: int) -> None:
     x, weights, ids = batch_of(forward, scenario, seed)
-    served.spoil_layer_buffer()
+    served.spoil_layer_buffers()
+    served.slots.prefetch(forward.prefetch, deadline=1.0)
     output = check_counters(served, ids, lambda: served.dispatch(x, weights, ids))
     expected = served.toy.direct(x, weights, ids)
     if scenario.pass_kind is PassKind.EXPERT:
@@ -158,7 +173,7 @@ def check_forward(served: Served, scenario: Scenario, forward: Forward, seed: in
 def check_rehearsal(served: Served, scenario: Scenario, forward: Forward) -> None:
     """A forward that no request asked for: of the right shape, right where homes can be read, and without a trace."""
     x, weights, ids = batch_of(forward, scenario, seed=99)
-    served.spoil_layer_buffer()
+    served.spoil_layer_buffers()
     before = (served.counters.values.copy(), served.residency.resident_mask())
     with pytest.MonkeyPatch.context() as monkeypatch:
         break_fetches(monkeypatch, 0)  # a start that waited for the whole bank would be one fetch too many
@@ -217,9 +232,12 @@ def check_scenario(scenario: Scenario) -> None:
         toy,
         scenario.slot_count,
         scenario.pass_kind,
-        has_layer_buffer=scenario.has_layer_buffer,
+        buffer_count=scenario.buffer_count,
         is_host=scenario.is_host,
+        in_place=scenario.in_place,
+        copies_are_slow=True,
     )
+    served.helper.is_up = scenario.has_helper
     for seed, forward in enumerate(scenario.forwards):
         ids = as_tensor(forward, scenario.topk)
         match forward.event:
@@ -248,8 +266,8 @@ def test_the_output_is_that_of_all_experts_whatever_the_slots_and_whatever_went_
 @pytest.mark.parametrize("slot_count", [2, 3, 5, 8])
 def test_each_kind_of_pass_serves_a_wide_forward(pass_kind: PassKind, slot_count: int) -> None:
     """The pass kinds are really taken: hypothesis alone would not tell if a scenario never reached one."""
-    served = Served(ToyMoe(8, seed=1), slot_count, pass_kind, has_layer_buffer=pass_kind is PassKind.LAYER_BUFFER)
-    scenario = Scenario(8, 2, slot_count, pass_kind, pass_kind is PassKind.LAYER_BUFFER, [])
+    served = Served(ToyMoe(8, seed=1), slot_count, pass_kind, buffer_count=int(pass_kind is PassKind.LAYER_BUFFER))
+    scenario = Scenario(8, 2, slot_count, pass_kind, int(pass_kind is PassKind.LAYER_BUFFER), [])
     check_forward(served, scenario, Forward([[0, 1], [2, 3], [4, 5], [6, 7]]), seed=3)
     served.check()
     taken = [kind for kind, row in served.counters.passes.items() if served.counters.values[row]]
@@ -257,16 +275,16 @@ def test_each_kind_of_pass_serves_a_wide_forward(pass_kind: PassKind, slot_count
 
 
 def test_token_passes_give_way_to_the_layer_buffer_where_it_copies_less() -> None:
-    served = Served(ToyMoe(6, seed=1), 2, PassKind.TOKEN, has_layer_buffer=True)
+    served = Served(ToyMoe(6, seed=1), 2, PassKind.TOKEN, buffer_count=1)
     all_pairs = [[a, b] for a in range(6) for b in range(a)]
-    check_forward(served, Scenario(6, 2, 2, PassKind.TOKEN, True, []), Forward(all_pairs), seed=4)
+    check_forward(served, Scenario(6, 2, 2, PassKind.TOKEN, 1, []), Forward(all_pairs), seed=4)
     values, passes = served.counters.values, served.counters.passes
     assert values[passes[PassKind.LAYER_BUFFER]] == 1 and values[passes[PassKind.TOKEN]] == 0
     assert not served.residency.resident_mask().any(), "a wide forward leaves the slots of the decode alone"
 
 
 def test_an_empty_batch_gives_an_empty_output_and_counts_nothing() -> None:
-    served = Served(ToyMoe(4, seed=1), 2, PassKind.TOKEN, has_layer_buffer=False)
+    served = Served(ToyMoe(4, seed=1), 2, PassKind.TOKEN)
     before = served.counters.values.copy()
     output = served.dispatch(torch.ones(0, HIDDEN_SIZE), torch.ones(0, 2), torch.ones(0, 2, dtype=torch.int32))
     assert output.shape == (0, HIDDEN_SIZE)
@@ -274,8 +292,8 @@ def test_an_empty_batch_gives_an_empty_output_and_counts_nothing() -> None:
 
 
 def test_a_full_hit_fetches_nothing_and_calls_the_kernel_once() -> None:
-    served = Served(ToyMoe(4, seed=1), 2, PassKind.TOKEN, has_layer_buffer=False)
-    scenario = Scenario(4, 2, 2, PassKind.TOKEN, False, [])
+    served = Served(ToyMoe(4, seed=1), 2, PassKind.TOKEN)
+    scenario = Scenario(4, 2, 2, PassKind.TOKEN, 0, [])
     check_forward(served, scenario, Forward([[3, 1]]), seed=1)
     with pytest.MonkeyPatch.context() as monkeypatch:
         break_fetches(monkeypatch, 0)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import dataclass
 
 import torch
 
 from tests.support.homes import store
+from vllm_moecxl.control.cost import LayerCosts
 from vllm_moecxl.control.eviction import LeastRecentlyUsed
+from vllm_moecxl.control.layer_order import LayerOrder
 from vllm_moecxl.control.residency import Residency
-from vllm_moecxl.data.devices import CpuBackend
+from vllm_moecxl.data.devices.cpu import CpuBackend
 from vllm_moecxl.data.layout import SlabLayout
+from vllm_moecxl.data.mover import Mover
 from vllm_moecxl.data.slabs import Cells, Home
 from vllm_moecxl.runtime.counters import Counters
 from vllm_moecxl.runtime.dispatch import Dispatch, Tensors
-from vllm_moecxl.types import PassKind
+from vllm_moecxl.runtime.layer_buffer import LayerBuffer, LayerBuffers
+from vllm_moecxl.runtime.slots import SlotCache
+from vllm_moecxl.types import InPlaceMode, PassKind
 
 HIDDEN_SIZE = 3
 
@@ -72,8 +78,20 @@ class ToyMoe:
         return total
 
 
+@dataclass
+class SwitchedHelper:
+    """Stands for the sidecar: up or not, as the test says."""
+
+    is_up: bool = False
+
+
 class Served:
-    """A toy layer behind a `Dispatch`."""
+    """A toy layer behind a `Dispatch`, carried by whoever waits: no threads.
+
+    Args:
+        buffer_count: layer buffers.
+        copies_are_slow: whether it pays to compute anything at all while a slab is copied.
+    """
 
     def __init__(
         self,
@@ -81,31 +99,46 @@ class Served:
         slot_count: int,
         pass_kind: PassKind,
         *,
-        has_layer_buffer: bool,
+        buffer_count: int = 0,
         is_host: bool = True,
         home: Home | None = None,
+        in_place: InPlaceMode = "never",
+        copies_are_slow: bool = False,
+        has_hands: bool = False,
     ) -> None:
         backend = CpuBackend()
         # A kernel on a device of its own cannot read homes: the runtime has to go by the layer buffer then.
         backend.is_host = toy.reads_homes = is_host
         expert_count = len(toy.tensors["weight"])
-        bank_names = ["dram"] if home is None else list(home.bytes_by_bank(range(expert_count)))
         layout = SlabLayout.of(toy.tensors)
         self.toy = toy
         self.slab_bytes = layout.slab_bytes
         self.home = home or store(dict(toy.tensors))
         toy.home_tensors = self.home.tensors
-        self.slots = Cells(layout, slot_count, backend)
+        banks = {shard.bank.name: shard.bank for shard in self.home.shards}
         self.residency = Residency(expert_count, slot_count, LeastRecentlyUsed(slot_count))
-        self.counters = Counters(bank_names)
-        for name in bank_names:
+        self.counters = Counters(list(banks))
+        for name in banks:
             self.counters.values[self.counters.bank_up[name]] = 1
+        self.mover = Mover(list(banks.values()), backend, self.counters, has_hands=has_hands)
+        self.slots = SlotCache(
+            self.residency, self.home, Cells(layout, slot_count, backend), backend, self.mover, self.counters
+        )
+        buffers = [
+            LayerBuffer(Cells(layout, expert_count, backend), backend, self.mover, self.counters)
+            for _ in range(buffer_count)
+        ]
+        self.buffers = buffers
+        self.helper = SwitchedHelper()
+        home_bytes_per_s = 1.0 if copies_are_slow else 1e9
         self.dispatch = Dispatch(
             "toy",
-            self.residency,
-            self.home,
+            0,
             self.slots,
-            Cells(layout, expert_count, backend) if has_layer_buffer else None,
+            LayerBuffers(buffers) if buffers else None,
+            LayerCosts(expert_count, self.slab_bytes, home_bytes_per_s, 2e9, in_place, is_addressable=is_host),
+            LayerOrder(1),
+            self.helper,
             backend,
             self.counters,
             toy.kernel,
@@ -113,21 +146,23 @@ class Served:
             pass_kind,
         )
 
-    def spoil_layer_buffer(self) -> None:
-        """Leave in the layer buffer what another layer would: nothing of this one."""
-        if self.dispatch.layer_buffer is not None:
-            for tensor in self.dispatch.layer_buffer.tensors:
+    def spoil_layer_buffers(self) -> None:
+        """Leave in the layer buffers what another layer would: nothing of this one."""
+        for buffer in self.buffers:
+            buffer.abandon()
+            for tensor in buffer.cells.tensors:
                 tensor.view(torch.uint8).fill_(0xFF)  # NaNs, as floats
 
     def check(self) -> None:
-        """Assert what holds between forwards: nothing is held or under way, and each slot has its expert's bytes."""
+        """Assert what holds between forwards: nothing is held, and each slot has its expert's bytes."""
+        self.slots.settle()
         self.residency.check()
-        assert all(map(operator.is_, self.toy.bound, self.slots.tensors)), "the slots are not bound"
+        assert all(map(operator.is_, self.toy.bound, self.slots.cells.tensors)), "the slots are not bound"
         for slot_id in range(self.residency.slot_count):
             assert not self.residency.is_held(slot_id)
         for expert_id in self.residency.resident_mask().nonzero()[0].tolist():
             slot_id = self.residency.resident_slot(expert_id)
-            for cell, original in zip(self.slots.tensors, self.toy.tensors.values(), strict=True):
+            for cell, original in zip(self.slots.cells.tensors, self.toy.tensors.values(), strict=True):
                 assert torch.equal(cell[slot_id], original[expert_id])
         counted = {state: self.counters.values[row] for state, row in self.counters.slots.items()}
         assert counted == self.residency.state_counts()

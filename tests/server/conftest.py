@@ -89,7 +89,7 @@ def stop(process: subprocess.Popen[str]) -> None:
 def offloading_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Two API servers before one engine that offloads; the options come from a YAML file."""
     settings = tmp_path_factory.mktemp("settings") / "serve.yaml"
-    settings.write_text('moe-offload: cxl\nmoe-offload-config: {slots: "50%"}\napi-server-count: 2\n')
+    settings.write_text('moe-offload: cxl\nmoe-offload-config: {slots: "50%", in_place: never}\napi-server-count: 2\n')
     process, server = start("--config", str(settings))
     yield server
     stop(process)

@@ -1,7 +1,8 @@
-"""Banks and homes for tests: small, in DRAM, and filled with every bit pattern."""
+"""Banks, homes and movers for tests: small, in DRAM, and filled with every bit pattern."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -10,8 +11,12 @@ from vllm_moecxl.config import Verify
 from vllm_moecxl.control.placement import Part, Route
 from vllm_moecxl.data.banks.base import Bank, BankProfile
 from vllm_moecxl.data.banks.memory import DramBank
-from vllm_moecxl.data.links import Links
-from vllm_moecxl.data.slabs import Home, HomeBuilder
+from vllm_moecxl.data.devices.base import DeviceBackend
+from vllm_moecxl.data.devices.cpu import CpuBackend
+from vllm_moecxl.data.mover import Mover
+from vllm_moecxl.data.slabs import Cells, Home, HomeBuilder
+from vllm_moecxl.runtime.counters import Counters
+from vllm_moecxl.types import Cause
 
 PROFILE = BankProfile(latency_s=100e-9, read_bytes_per_s=50e9, source="published")
 #: Everything in the first bank.
@@ -32,8 +37,51 @@ def store(
     """A home for `tensors`, which it empties; in one bank of DRAM where nothing else is said."""
     banks = [dram()] if banks is None else banks
     expert_count = len(next(iter(tensors.values())))
-    builder = HomeBuilder(banks, Links(len(banks)), verify)
+    builder = HomeBuilder(banks, verify)
     return builder.store("layer", tensors, [WHOLE] * expert_count if routes is None else routes)
+
+
+def banks_of(home: Home) -> list[Bank]:
+    """The banks that a home's slabs can be read from."""
+    return list({shard.bank.name: shard.bank for shard in home.shards}.values())
+
+
+def fetch(
+    home: Home,
+    cells: Cells,
+    expert_ids: Sequence[int],
+    cell_ids: Sequence[int],
+    *,
+    backend: DeviceBackend | None = None,
+    has_hands: bool = False,
+) -> None:
+    """Have slabs brought into cells of the host, or of `backend`, and wait for them; nothing is under way after."""
+    banks = banks_of(home)
+    counters = Counters([bank.name for bank in banks])
+    mover = Mover(banks, backend or CpuBackend(), counters, has_hands=has_hands)
+    fetches = [
+        mover.start(home, expert_id, cells.rows(cell_id), Cause.DEMAND, 0.0)
+        for expert_id, cell_id in zip(expert_ids, cell_ids, strict=True)
+    ]
+    try:
+        mover.wait(fetches)
+    finally:
+        mover.cancel(fetches)
+        end_hands(mover)
+
+
+def hands(mover: Mover) -> list[threading.Thread]:
+    """The threads that carry for a mover now."""
+    threads = threading.enumerate()
+    return [one for one in threads if getattr(getattr(one, "_target", None), "__self__", None) is mover]
+
+
+def end_hands(mover: Mover) -> None:
+    """Close a mover and see its threads end."""
+    mover.close()
+    for thread in hands(mover):
+        thread.join(20)
+        assert not thread.is_alive(), f"{thread.name} outlives its mover"
 
 
 def random_bits(shape: Sequence[int], dtype: torch.dtype, seed: int = 0) -> torch.Tensor:

@@ -15,7 +15,6 @@ from tests.support.homes import PROFILE, random_bits
 from vllm_moecxl.config import Verify
 from vllm_moecxl.control.placement import Part
 from vllm_moecxl.data.banks.file import FileBank
-from vllm_moecxl.data.links import Links
 from vllm_moecxl.data.slabfile import ALIGN_BYTES, DIGEST_BYTES
 from vllm_moecxl.data.slabs import Home, HomeBuilder
 from vllm_moecxl.data.slabwriter import SlabFileWriter
@@ -91,11 +90,11 @@ def home_of(path: Path, verify: Verify, name: str = "layers.0") -> tuple[FileBan
 def home_in(bank: FileBank, verify: Verify, name: str) -> Home:
     """A layer of an open slab file."""
     packed = bank.slabs.layers[name]
-    return HomeBuilder([bank], Links(1), verify).adopt(packed, bank, [(Part(0, 1.0),)] * packed.expert_count)
+    return HomeBuilder([bank], verify).adopt(packed, bank, [(Part(0, 1.0),)] * packed.expert_count)
 
 
 def read_slab(home: Home, expert_id: int) -> list[torch.Tensor]:
     """A slab's rows, as bytes."""
     target = [torch.zeros(extent.row_bytes, dtype=torch.uint8) for extent in home.layout.extents]
-    home.read([expert_id], [target])
+    home.read(expert_id, target)
     return target

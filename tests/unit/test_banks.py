@@ -96,9 +96,9 @@ def test_a_page_that_is_gone_is_an_error_of_the_read_that_meets_it_and_of_no_oth
     lose_page(home.tensors[0][1].data_ptr() + PAGE_BYTES)
     target = torch.zeros(2 * PAGE_BYTES, dtype=torch.uint8)
     for expert_id in (0, 2):
-        home.read([expert_id], [[target]])
+        home.read(expert_id, [target])
     with pytest.raises(UnreadablePageError, match="cannot be read"):
-        home.read([1], [[target]])
+        home.read(1, [target])
 
 
 class VirtualTime:

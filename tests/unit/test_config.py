@@ -63,6 +63,7 @@ def test_slots_take_auto_a_share_a_count_or_bytes(raw: object, expected: SlotSpe
         *(("eviction", raw) for raw in ("fifo", "LRU", "", None, True, ["lru"])),
         *(("passes", raw) for raw in ("slow", "Exact", None, True, 1)),
         *(("layer_buffer", raw) for raw in (0, 1, "true", "yes", None, 1.0)),
+        *(("strict_placement", raw) for raw in (0, 1, "true", "yes", "auto", None, 1.0)),
         *(("mode", raw) for raw in ("on", "CXL", True, False, None, 1)),
     ],
 )

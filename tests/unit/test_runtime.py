@@ -17,7 +17,7 @@ from vllm_moecxl.config import OffloadConfig
 from vllm_moecxl.control.account import LayerNeed
 from vllm_moecxl.data.banks.base import Bank
 from vllm_moecxl.data.banks.file import FileBank
-from vllm_moecxl.data.devices import CpuBackend
+from vllm_moecxl.data.devices.cpu import CpuBackend
 from vllm_moecxl.errors import CapacityError, ConfigError, IntegrityError, TransferError
 from vllm_moecxl.runtime.counters import Metric, by_label
 from vllm_moecxl.runtime.dispatch import Kernel

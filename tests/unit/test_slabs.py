@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import itertools
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,18 +11,18 @@ import pytest
 import torch
 from moecxl_kernels.host import copy_rows
 
-from tests.support.homes import PROFILE, WHOLE, assert_same_bits, bits, dram, random_bits, store
+from tests.support.homes import PROFILE, WHOLE, assert_same_bits, bits, dram, fetch, random_bits, store
 from tests.support.slabfiles import Contents, pack
 from vllm_moecxl.config import Verify
 from vllm_moecxl.control.placement import Part, Route
-from vllm_moecxl.data.banks.base import Bank, RowCopy
+from vllm_moecxl.data.banks.base import Bank
 from vllm_moecxl.data.banks.file import FileBank
-from vllm_moecxl.data.banks.memory import DramBank, MemoryRows
-from vllm_moecxl.data.devices import CpuBackend, make_backend
+from vllm_moecxl.data.banks.memory import DramBank
+from vllm_moecxl.data.devices.cpu import CpuBackend
+from vllm_moecxl.data.devices.make import make_backend
 from vllm_moecxl.data.layout import Extent, SlabLayout
-from vllm_moecxl.data.links import Links
 from vllm_moecxl.data.slabs import STRIPE_GRANULE_BYTES, Cells, Home, HomeBuilder
-from vllm_moecxl.errors import CapacityError, IntegrityError, TransferError
+from vllm_moecxl.errors import CapacityError, IntegrityError
 
 DTYPES = [torch.uint8, torch.int8, torch.int32, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn]
 ROW_SHAPES: list[tuple[int, ...]] = [(), (1,), (3,), (5, 7), (2, 3, 129)]
@@ -96,7 +95,7 @@ def test_a_fetch_moves_every_extent_of_an_expert() -> None:
     home = store(tensors)
     cells = Cells(layout, 3, CpuBackend())
     assert not any(bits(tensor).any() for tensor in cells.tensors), "an empty cell holds zeros"
-    cells.fetch(home, [4, 1], [2, 0])
+    fetch(home, cells, [4, 1], [2, 0])
     for stored, original in zip(cells.tensors, originals, strict=True):
         assert_same_bits(stored[2], original[4])
         assert_same_bits(stored[0], original[1])
@@ -108,7 +107,7 @@ def test_cells_take_slabs_from_other_cells() -> None:
     originals = list(tensors.values())
     layout = SlabLayout.of(tensors)
     slots, buffer = Cells(layout, 2, CpuBackend()), Cells(layout, 6, CpuBackend())
-    slots.fetch(store(tensors), [3, 5], [0, 1])
+    fetch(store(tensors), slots, [3, 5], [0, 1])
     buffer.take(slots, [1, 0], [5, 3])
     for stored, original in zip(buffer.tensors, originals, strict=True):
         assert_same_bits(stored[5], original[5])
@@ -159,12 +158,10 @@ def ragged_layer() -> dict[str, torch.Tensor]:
 
 
 def assert_reads_back(home: Home, originals: dict[str, torch.Tensor], expert_ids: Sequence[int]) -> None:
-    """Each slab, read together with the others, is what was stored."""
-    targets = [
-        [torch.full((extent.row_bytes,), 0xAA, dtype=torch.uint8) for extent in home.layout.extents] for _ in expert_ids
-    ]
-    home.read(expert_ids, targets)
-    for expert_id, target in zip(expert_ids, targets, strict=True):
+    """Each slab is what was stored."""
+    for expert_id in expert_ids:
+        target = [torch.full((extent.row_bytes,), 0xAA, dtype=torch.uint8) for extent in home.layout.extents]
+        home.read(expert_id, target)
         for row, original in zip(target, originals.values(), strict=True):
             assert torch.equal(row, bits(original[expert_id]))
 
@@ -206,46 +203,6 @@ def check_routes(routes: list[Route], verify: Verify = "off") -> None:
     assert (home.tensors is not None) == home.is_direct == is_one
 
 
-@pytest.mark.parametrize("verify", ["off", "load", "fetch"])
-@pytest.mark.parametrize("is_host", [True, False])
-@pytest.mark.parametrize("routes", ROUTES.values(), ids=ROUTES)
-def test_cells_are_filled_from_any_route_through_staging_where_the_device_reads_no_bank(
-    routes: list[Route], is_host: bool, verify: Verify
-) -> None:
-    check_staging(routes, is_host, verify)
-
-
-def check_staging(
-    routes: list[Route] = ROUTES["striped over two"], is_host: bool = False, verify: Verify = "off"
-) -> None:
-    class Backend(CpuBackend):
-        def __init__(self) -> None:
-            self.is_host = is_host
-            self.sources: list[torch.Tensor] = []
-
-        def copy_rows(self, sources: Sequence[torch.Tensor], *rest: Sequence[object]) -> None:
-            self.sources += sources
-            super().copy_rows(sources, *rest)  # type: ignore[arg-type]
-
-    originals = ragged_layer()
-    home = store(dict(originals), routes, banks_of_three(), verify)
-    backend = Backend()
-    cells = Cells(home.layout, 3, backend)
-    cells.fetch(home, [5, 2], [0, 2])
-    for stored, original in zip(cells.tensors, originals.values(), strict=True):
-        assert_same_bits(stored[0], original[5])
-        assert_same_bits(stored[2], original[2])
-        assert not bits(stored[1]).any()
-    if home.is_direct:
-        assert home.tensors is not None and all(a is b for a, b in zip(backend.sources, home.tensors, strict=True))
-    elif is_host:
-        assert not backend.sources
-    else:  # a slab at a time, through the same memory
-        count = len(originals)
-        assert [tensor.shape[0] for tensor in backend.sources] == [1] * 2 * count
-        assert all(a is b for a, b in zip(backend.sources[:count], backend.sources[count:], strict=True))
-
-
 def test_rows_are_copied_past_the_bank_only_where_it_allows_that() -> None:
     for reads_safely in (False, True):
         bank = dram()
@@ -273,14 +230,14 @@ def test_a_byte_that_flips_in_memory_is_noticed_by_verify_fetch_alone(verify: Ve
         rows = next(rows for rows in reversed(shard.rows) if rows is not None and rows.row_bytes > 4)
         rows.as_bytes[row_id, rows.row_bytes // 2] ^= 1  # type: ignore[attr-defined]
         cells = Cells(home.layout, 1, CpuBackend())
-        cells.fetch(home, [1], [0])
+        fetch(home, cells, [1], [0])
         if verify == "fetch":
             with pytest.raises(
                 IntegrityError, match=r"expert 2 of layer is not what was stored in bank .*: the memory"
             ):
-                cells.fetch(home, [2], [0])
+                fetch(home, cells, [2], [0])
         else:
-            cells.fetch(home, [2], [0])
+            fetch(home, cells, [2], [0])
 
 
 def pack_ragged(folder: Path, originals: dict[str, torch.Tensor]) -> FileBank:
@@ -308,14 +265,14 @@ def test_a_packed_layer_is_adopted_into_the_file_and_into_memory(
 ) -> None:
     file, originals = packed
     banks: list[Bank] = [dram("a"), dram("b"), file]
-    home = HomeBuilder(banks, Links(3), verify).adopt(file.slabs.layers["layer"], file, routes)
+    home = HomeBuilder(banks, verify).adopt(file.slabs.layers["layer"], file, routes)
     assert_reads_back(home, originals, range(EXPERT_COUNT))
     in_file = sum(route == (Part(2, 1.0),) for route in routes)
     assert file.used_bytes == in_file * home.slab_bytes
     assert home.bytes_by_bank(range(EXPERT_COUNT)) == {bank.name: bank.used_bytes for bank in banks if bank.used_bytes}
     assert home.is_direct == (routes == FILE_ROUTES["memory alone"])
     cells = Cells(home.layout, EXPERT_COUNT, CpuBackend())
-    cells.fetch(home, list(range(EXPERT_COUNT)), list(range(EXPERT_COUNT)))
+    fetch(home, cells, range(EXPERT_COUNT), range(EXPERT_COUNT))
     for stored, original in zip(cells.tensors, originals.values(), strict=True):
         assert_same_bits(stored, original)
 
@@ -329,7 +286,7 @@ def test_a_damaged_slab_is_not_taken_into_memory_unless_nobody_looks(
     with file.slabs.path.open("r+b") as opened:
         opened.seek(start)
         opened.write(bytes([bits(originals["scale"])[12].item() ^ 1]))
-    builder = HomeBuilder([dram(), dram("b"), file], Links(3), verify)
+    builder = HomeBuilder([dram(), dram("b"), file], verify)
     if verify == "off":
         assert builder.adopt(file.slabs.layers["layer"], file, [WHOLE] * EXPERT_COUNT).is_direct
         return
@@ -344,44 +301,6 @@ def test_a_bank_that_is_too_small_for_its_part_refuses_it() -> None:
         store(ragged_layer(), ROUTES["striped over two"], banks)
 
 
-class Failing(DramBank):
-    """A bank whose reads wait for a word, and may fail."""
-
-    def __init__(self, name: str, error: Exception | None, waits_for: threading.Event | None = None) -> None:
-        super().__init__(name, name, None, PROFILE)
-        self.error, self.waits_for, self.read_count, self.ended = error, waits_for, 0, threading.Event()
-
-    def read(self, copies: Sequence[RowCopy]) -> None:
-        self.read_count += 1
-        if self.waits_for is not None:
-            assert self.waits_for.wait(10)
-        if self.error is None:
-            super().read(copies)
-        self.ended.set()
-        if self.error is not None:
-            raise self.error
-
-
-@pytest.mark.parametrize("failing", ["first", "second", "third"])
-def test_an_error_of_one_bank_is_told_only_when_the_copies_of_all_have_ended(failing: str) -> None:
-    error = TransferError("gone")
-    bad = Failing("bad", error)
-    slow = [Failing("b", None, bad.ended), Failing("c", None, bad.ended)]
-    place = ["first", "second", "third"].index(failing)
-    banks = [*slow[:place], bad, *slow[place:]]
-    links = Links(3)
-    target = torch.zeros(4, dtype=torch.uint8)
-    with pytest.raises(TransferError) as caught:
-        links.read([(bank, [RowCopy(MemoryRows.of(bank.allocate((1, 4), torch.uint8)), 0, target)]) for bank in banks])
-    assert caught.value is error
-    assert [bank.read_count for bank in banks] == [1, 1, 1] and all(bank.ended.is_set() for bank in banks)
-    links.close()
-
-
 def test_a_bank_that_got_no_part_of_short_rows_has_no_part_in_their_fetch() -> None:
     home = store({"scale": random_bits((2, 5), torch.uint8)}, [STRIPE_OF_TWO] * 2, [dram("a"), dram("b")])
     assert home.bytes_by_bank([0, 1]) == {"b": 10} and list(home.bytes_by_bank([0])) == ["b"]
-
-
-def test_nothing_to_read_is_no_work() -> None:
-    Links(1).read([])

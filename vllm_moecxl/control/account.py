@@ -9,6 +9,9 @@ from vllm_moecxl.config import OffloadConfig
 from vllm_moecxl.errors import CapacityError, ConfigError
 from vllm_moecxl.units import MIB, format_bytes
 
+#: Part of the room for slots that a second layer buffer may take where the number of slots is left to us.
+_SECOND_BUFFER_SHARE_MAX = 0.1
+
 
 @dataclass(frozen=True)
 class LayerNeed:
@@ -65,11 +68,17 @@ class Holding:
 
 @dataclass(frozen=True)
 class Account:
-    """The plan for one rank: slots of each layer in order, and where the bytes go."""
+    """The plan for one rank: slots of each layer in order, and where the bytes go.
+
+    Attributes:
+        layer_buffer_count: of each shape: none, one, or two that take turns.
+        layer_buffer_bytes: of all of them.
+    """
 
     slot_counts: tuple[int, ...]
     holdings: tuple[Holding, ...]
     slot_bytes: int
+    layer_buffer_count: int
     layer_buffer_bytes: int
     largest_layer_bytes: int
     kv_cache_bytes: int | None
@@ -84,7 +93,7 @@ class Account:
             *(f"homes         bank {one.bank_name}: {format_bytes(one.byte_count)}" for one in self.holdings),
             f"slots         {slot_count:>8} ({100 * slot_count / expert_count:.0f}% of the experts), "
             f"{format_bytes(self.slot_bytes)} on the device",
-            f"layer buffer  {format_bytes(self.layer_buffer_bytes)} on the device",
+            f"layer buffers {self.layer_buffer_count:>8}, {format_bytes(self.layer_buffer_bytes)} on the device",
             f"loading       one layer at a time, {format_bytes(self.largest_layer_bytes)} on the device",
             f"KV cache      {kv}",
         ]
@@ -136,14 +145,13 @@ def plan(config: OffloadConfig, layers: Sequence[LayerNeed], machine: Machine, h
     """
     host_home_bytes = sum(holding.byte_count for holding in holdings if holding.on_host)
     require_host_room(host_home_bytes, machine)
-    buffer_bytes = _buffer_bytes(layers)
     room_bytes = machine.device_free_bytes - (host_home_bytes if machine.shared else 0)
     # Where the device is the host, a slot costs the memory of a home: not worth more than half of it again.
     auto_bytes_max = host_home_bytes // 2 if machine.shared and host_home_bytes else sum_home_bytes(layers)
     slot_counts = _slot_counts(config, layers, room_bytes, auto_bytes_max)
     slot_bytes = _slot_bytes(layers, slot_counts)
-    has_buffer = _wants_layer_buffer(config, layers, slot_counts, room_bytes - slot_bytes, buffer_bytes)
-    layer_buffer_bytes = buffer_bytes if has_buffer else 0
+    layer_buffer_count = _layer_buffer_count(config, layers, slot_counts, room_bytes - slot_bytes)
+    layer_buffer_bytes = layer_buffer_count * _buffer_bytes(layers)
     if slot_bytes + layer_buffer_bytes > room_bytes:
         raise CapacityError(
             f"--moe-offload-config: slots={config.slots_text!r} takes {format_bytes(slot_bytes)} and the layer buffer "
@@ -152,7 +160,13 @@ def plan(config: OffloadConfig, layers: Sequence[LayerNeed], machine: Machine, h
         )
     largest_layer_bytes = max(layer.home_bytes for layer in layers)
     return Account(
-        slot_counts, tuple(holdings), slot_bytes, layer_buffer_bytes, largest_layer_bytes, machine.kv_cache_bytes
+        slot_counts,
+        tuple(holdings),
+        slot_bytes,
+        layer_buffer_count,
+        layer_buffer_bytes,
+        largest_layer_bytes,
+        machine.kv_cache_bytes,
     )
 
 
@@ -175,8 +189,12 @@ def _slot_counts(
         return tuple(spec.count_for(layer.expert_count, layer.topk, config.slots_text) for layer in layers)
     if sum_home_bytes(layers) <= min(room_bytes, auto_bytes_max):
         return tuple(layer.expert_count for layer in layers)
-    # The layer buffer comes first: without it a long prompt would be cut into very many passes.
-    budget = room_bytes - (_buffer_bytes(layers) if config.layer_buffer is not False else 0)
+    # The layer buffer comes first: without it a long prompt would be cut into very many passes. A second one, where it
+    # takes little of what slots could have.
+    buffer_bytes = _buffer_bytes(layers) if config.layer_buffer is not False else 0
+    if config.sidecar and buffer_bytes <= room_bytes * _SECOND_BUFFER_SHARE_MAX:
+        buffer_bytes *= 2
+    budget = room_bytes - buffer_bytes
     counts = _counts_within(layers, min(budget, auto_bytes_max))
     return tuple(max(count, layer.topk) for count, layer in zip(counts, layers, strict=True))
 
@@ -204,14 +222,18 @@ def _slot_bytes(layers: Sequence[LayerNeed], slot_counts: Sequence[int]) -> int:
     return sum(count * layer.slab_bytes for count, layer in zip(slot_counts, layers, strict=True))
 
 
-def _wants_layer_buffer(
-    config: OffloadConfig, layers: Sequence[LayerNeed], slot_counts: Sequence[int], left_bytes: int, buffer_bytes: int
-) -> bool:
-    if all(count == layer.expert_count for count, layer in zip(slot_counts, layers, strict=True)):
-        return False
-    if config.layer_buffer == "auto":
-        return buffer_bytes <= left_bytes
-    return config.layer_buffer
+def _layer_buffer_count(
+    config: OffloadConfig, layers: Sequence[LayerNeed], slot_counts: Sequence[int], left_bytes: int
+) -> int:
+    """How many layer buffers of each shape there are to be; a second one only where it is used and fits."""
+    is_cut = any(count < layer.expert_count for count, layer in zip(slot_counts, layers, strict=True))
+    if not is_cut or config.layer_buffer is False:
+        return 0
+    fitting = left_bytes // _buffer_bytes(layers)
+    has_following = len(layers) > len({(layer.expert_count, layer.slab_bytes) for layer in layers})
+    wanted = 2 if config.sidecar and has_following else 1
+    least = 1 if config.layer_buffer is True else 0
+    return max(min(wanted, fitting), least)
 
 
 def _what_fits(layers: Sequence[LayerNeed], room_bytes: int) -> str:

@@ -76,6 +76,25 @@ def expert_passes(expert_ids: npt.NDArray[np.integer], resident: Mask, slot_coun
     return [Pass(ordered[start : start + slot_count], None) for start in range(0, ordered.size, slot_count)]
 
 
+def split_resident(part: Pass, topk_ids: npt.NDArray[np.integer], resident: Mask) -> tuple[Pass, Pass] | None:
+    """Cut a pass into the tokens whose experts are all there and the others; None unless there are both.
+
+    Args:
+        part: a pass over whole tokens; `token_ids` None means all of them.
+        topk_ids: [tokens, k] expert ids of the forward.
+        resident: [experts] bool.
+    """
+    token_ids = np.arange(len(topk_ids), dtype=np.int64) if part.token_ids is None else part.token_ids
+    is_ready = resident[topk_ids[token_ids]].all(axis=1)
+    if is_ready.all() or not is_ready.any():
+        return None
+    ready, waiting = token_ids[is_ready], token_ids[~is_ready]
+    return (
+        Pass(np.unique(topk_ids[ready]).astype(np.int64), ready),
+        Pass(np.unique(topk_ids[waiting]).astype(np.int64), waiting),
+    )
+
+
 def needed_later(passes: Sequence[Pass], index: int, expert_count: int) -> Mask:
     """[experts] bool, the experts of pass `index` and of all after it."""
     mask = np.zeros(expert_count, dtype=np.bool_)

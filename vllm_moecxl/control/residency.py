@@ -130,13 +130,14 @@ class Residency:
         """Whether a lease forbids the eviction of a slot."""
         return bool(self._stamp[slot_id] > self._ended_epoch)
 
-    def begin_fill(self, expert_id: int, keep: npt.NDArray[np.bool_]) -> int | None:
+    def begin_fill(self, expert_id: int, keep: npt.NDArray[np.bool_], *, is_urgent: bool = True) -> int | None:
         """Take a slot for an absent expert: a FREE one, else a victim's.
 
         Args:
             expert_id: an expert that is neither resident nor filling.
             keep: [experts] bool, experts that the current forward still needs: evicted only where every other slot is
-                held, filling, or of that kind too.
+                held, filling, or of that kind too, and only if this is urgent.
+            is_urgent: whether the forward cannot go on without this expert.
 
         Returns:
             The slot, now FILLING; None where no slot may be evicted, and then nothing has changed.
@@ -148,7 +149,7 @@ class Residency:
         else:
             evictable = (self._state == SlotState.RESIDENT) & (self._stamp <= self._ended_epoch)
             dispensable = evictable & ~keep[self._expert_of]
-            if dispensable.any():
+            if dispensable.any() or not is_urgent:
                 evictable = dispensable
             if not evictable.any():
                 return None

@@ -7,8 +7,9 @@ same part of each of them where slabs are striped. Inside a shard every tensor h
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from blake3 import blake3
@@ -19,10 +20,8 @@ from vllm_moecxl.control.striping import cut
 from vllm_moecxl.data.banks.base import Bank, RowCopy, Rows
 from vllm_moecxl.data.banks.file import FileBank
 from vllm_moecxl.data.banks.memory import DramBank, MemoryBank, MemoryRows
-from vllm_moecxl.data.devices import DeviceBackend
-from vllm_moecxl.data.host import anonymous_tensor
+from vllm_moecxl.data.devices.base import DeviceBackend
 from vllm_moecxl.data.layout import SlabLayout, as_bytes
-from vllm_moecxl.data.links import Links
 from vllm_moecxl.data.slabfile import PackedLayer
 from vllm_moecxl.errors import IntegrityError
 from vllm_moecxl.units import KIB
@@ -34,9 +33,17 @@ STRIPE_GRANULE_BYTES = 4 * KIB
 SlabTarget = Sequence[torch.Tensor]
 
 
+class Span(NamedTuple):
+    """Bytes [start, stop) of a slab's row of one extent."""
+
+    extent_id: int
+    start: int
+    stop: int
+
+
 @dataclass(frozen=True)
 class Shard:
-    """What one bank homes of one layer.
+    """What one bank has of one layer.
 
     Attributes:
         bank: who owns the bytes.
@@ -48,6 +55,33 @@ class Shard:
     rows: tuple[Rows | None, ...]
     cuts: tuple[tuple[int, int], ...]
 
+    def copy_of(self, row_id: int, span: Span, target: torch.Tensor) -> RowCopy:
+        """The read of a span of one slab; `target` has its size."""
+        rows = self.rows[span.extent_id]
+        assert rows is not None
+        return RowCopy(rows, row_id, target, span.start - self.cuts[span.extent_id][0])
+
+
+class Place(NamedTuple):
+    """Where a part of one slab may be read: a row of a shard."""
+
+    shard_id: int
+    row_id: int
+
+
+class Piece(NamedTuple):
+    """What one copy moves of a slab: bytes that lie in the same bank.
+
+    Attributes:
+        spans: of the slab, together not much more than the bank's chunk.
+        byte_count: their sum.
+        places: the home first, then replicas.
+    """
+
+    spans: tuple[Span, ...]
+    byte_count: int
+    places: tuple[Place, ...]
+
 
 class Home:
     """All slabs of one layer.
@@ -55,15 +89,15 @@ class Home:
     Args:
         layout: of a slab.
         shards: what the banks have.
-        places: per expert, the (shard, row) pairs that its slab is made of.
-        links: read from several banks at once.
+        places: per expert, the places that its slab is made of.
         verify: when slabs are held against `digests`.
         digests: [experts] BLAKE3 digests; None where nothing is to be verified.
+        replica: a shard that has every slab whole, in order of the experts, beside the homes.
 
     Attributes:
         tensors: per extent [experts, ...] host tensors with all experts in order, where one bank of addressable memory
             has the whole layer; else None.
-        is_direct: whether copying rows of `tensors` is all that a fetch has to do.
+        is_direct: whether `tensors` may be read by anyone, past the bank.
     """
 
     def __init__(
@@ -71,74 +105,122 @@ class Home:
         name: str,
         layout: SlabLayout,
         shards: Sequence[Shard],
-        places: Sequence[Sequence[tuple[int, int]]],
-        links: Links,
+        places: Sequence[Sequence[Place]],
         verify: Verify,
         digests: Sequence[bytes] | None,
+        replica: Shard | None = None,
     ) -> None:
         self.name = name
         self.layout = layout
-        self.shards = tuple(shards)
         self.tensors = _whole_tensors(shards, len(places))
         self.is_direct = self.tensors is not None and shards[0].bank.reads_directly
+        self.shards = (*shards, *([] if replica is None else [replica]))
+        self._replica_id = None if replica is None else len(shards)
         self._places = places
-        self._links = links
         self._digests = digests if verify != "off" else None
         self._verifies_once = verify == "load"
         self._verified: set[int] = set()
-        self._bytes_by_bank = [self._count_bytes(place) for place in places]
+        #: Cuts into pieces, by the shards that a slab is made of: the same for all experts of a route.
+        self._cuts: dict[tuple[int, ...], list[tuple[int, tuple[Span, ...], int]]] = {}
 
     @property
     def slab_bytes(self) -> int:
         return self.layout.slab_bytes
 
+    @property
+    def expert_count(self) -> int:
+        return len(self._places)
+
+    def pieces(self, expert_id: int) -> list[Piece]:
+        """A slab in the pieces that one copy each moves."""
+        places = self._places[expert_id]
+        key = tuple(place.shard_id for place in places)
+        if key not in self._cuts:
+            self._cuts[key] = [
+                (index, spans, sum(span.stop - span.start for span in spans))
+                for index, shard_id in enumerate(key)
+                for spans in _chunks(self.shards[shard_id].cuts, self.shards[shard_id].bank.chunk_bytes)
+            ]
+        replicas = () if self._replica_id is None else (Place(self._replica_id, expert_id),)
+        return [
+            Piece(spans, byte_count, (places[index],) if places[index] in replicas else (places[index], *replicas))
+            for index, spans, byte_count in self._cuts[key]
+        ]
+
     def bytes_by_bank(self, expert_ids: Sequence[int]) -> Counter[str]:
-        """Bytes that a fetch of these experts reads from each bank, by name."""
+        """Bytes of these experts in each bank that is their home, by name."""
         total: Counter[str] = Counter()
         for expert_id in expert_ids:
-            total.update(self._bytes_by_bank[expert_id])
+            for shard_id, _ in self._places[expert_id]:
+                shard = self.shards[shard_id]
+                if byte_count := sum(stop - start for start, stop in shard.cuts):
+                    total[shard.bank.name] += byte_count
         return total
 
-    def read(self, expert_ids: Sequence[int], targets: Sequence[SlabTarget]) -> None:
-        """Read slabs into host memory, from all banks that have a part of them at once.
+    def read(self, expert_id: int, target: SlabTarget) -> None:
+        """Read a slab into host memory, part by part, in the calling thread.
 
         Raises:
             TransferError: a bank cannot be read.
-            IntegrityError: a slab is not what was stored.
+            IntegrityError: the slab is not what was stored.
         """
-        copies: dict[int, tuple[Bank, list[RowCopy]]] = {}
-        for expert_id, target in zip(expert_ids, targets, strict=True):
-            for shard_id, row_id in self._places[expert_id]:
-                shard = self.shards[shard_id]
-                _, of_bank = copies.setdefault(id(shard.bank), (shard.bank, []))
-                for rows, (start, stop), row in zip(shard.rows, shard.cuts, target, strict=True):
-                    if rows is not None:
-                        of_bank.append(RowCopy(rows, row_id, row[start:stop]))
-        self._links.read(list(copies.values()))
-        self._verify(expert_ids, targets)
+        for piece in self.pieces(expert_id):
+            self.read_piece(piece, 0, [target[extent_id][start:stop] for extent_id, start, stop in piece.spans])
+        if self.needs_check(expert_id):
+            self.check(expert_id, target)
 
-    def _verify(self, expert_ids: Sequence[int], targets: Sequence[SlabTarget]) -> None:
-        if self._digests is None:
-            return
-        for expert_id, target in zip(expert_ids, targets, strict=True):
-            if expert_id in self._verified:
-                continue
-            if digest_of(target) != self._digests[expert_id]:
-                banks = ", ".join(self._bytes_by_bank[expert_id])
-                raise IntegrityError(
-                    f"expert {expert_id} of {self.name} is not what was stored in bank {banks}: the memory or the disk "
-                    "is failing or the file was changed, pack or load the model again on a sound device"
-                )
-            if self._verifies_once:
-                self._verified.add(expert_id)
+    def read_piece(self, piece: Piece, source: int, targets: Sequence[torch.Tensor]) -> None:
+        """Read one piece from one of its places into host memory, a target for each span.
 
-    def _count_bytes(self, place: Sequence[tuple[int, int]]) -> Counter[str]:
-        counts: Counter[str] = Counter()
-        for shard_id, _ in place:
-            shard = self.shards[shard_id]
-            if byte_count := sum(stop - start for start, stop in shard.cuts):
-                counts[shard.bank.name] += byte_count
-        return counts
+        Raises:
+            TransferError: the bank cannot be read.
+        """
+        shard_id, row_id = piece.places[source]
+        shard = self.shards[shard_id]
+        shard.bank.read(
+            [shard.copy_of(row_id, span, target) for span, target in zip(piece.spans, targets, strict=True)]
+        )
+
+    def needs_check(self, expert_id: int) -> bool:
+        """Whether a slab is to be held against its digest once it has been read."""
+        return self._digests is not None and expert_id not in self._verified
+
+    def check(self, expert_id: int, slab: SlabTarget) -> None:
+        """Hold a slab that was read against its digest. Any thread.
+
+        Raises:
+            IntegrityError: it is not what was stored.
+        """
+        assert self._digests is not None
+        if digest_of(slab) != self._digests[expert_id]:
+            banks = ", ".join(self.bytes_by_bank([expert_id]))
+            raise IntegrityError(
+                f"expert {expert_id} of {self.name} is not what was stored in bank {banks}: the memory or the disk "
+                "is failing or the file was changed, pack or load the model again on a sound device"
+            )
+        if self._verifies_once:
+            self._verified.add(expert_id)
+
+
+def _chunks(cuts: Sequence[tuple[int, int]], chunk_bytes: int) -> Iterator[tuple[Span, ...]]:
+    """The bytes of a slab that a shard has, in copies of at most `chunk_bytes`.
+
+    Each extent is cut at multiples of `chunk_bytes` from its own start, so that direct reads stay aligned; what is left
+    of it shares a copy with the next extents where they fit.
+    """
+    spans: list[Span] = []
+    room = chunk_bytes
+    for extent_id, (start, stop) in enumerate(cuts):
+        for span_start in range(start, stop, chunk_bytes):
+            span = Span(extent_id, span_start, min(span_start + chunk_bytes, stop))
+            byte_count = span.stop - span.start
+            if byte_count > room:
+                yield tuple(spans)
+                spans, room = [], chunk_bytes
+            spans.append(span)
+            room -= byte_count
+    if spans:
+        yield tuple(spans)
 
 
 def digest_of(slab: SlabTarget) -> bytes:
@@ -161,13 +243,11 @@ class HomeBuilder:
 
     Args:
         banks: in the order that routes refer to.
-        links: read from several banks at once.
         verify: when slabs are held against their digests.
     """
 
-    def __init__(self, banks: Sequence[Bank], links: Links, verify: Verify) -> None:
+    def __init__(self, banks: Sequence[Bank], verify: Verify) -> None:
         self._banks = banks
-        self._links = links
         self._verify: Verify = verify
 
     def store(self, name: str, tensors: dict[str, torch.Tensor], routes: Sequence[Route]) -> Home:
@@ -191,14 +271,14 @@ class HomeBuilder:
                 for digest, row in zip(digests, as_bytes(source), strict=True):
                     digest.update(row.cpu().numpy().data)
         sums = None if digests is None else [digest.digest() for digest in digests]
-        return Home(name, layout, plan.shards, plan.places, self._links, self._verify, sums)
+        return Home(name, layout, plan.shards, plan.places, self._verify, sums)
 
     def borrow(self, name: str, layout: SlabLayout, tensors: Sequence[torch.Tensor]) -> Home:
         """A home for a while, on host tensors that belong to somebody else; per extent [experts, ...]."""
         expert_count = tensors[0].shape[0]
         owner = DramBank(self._banks[0].name, "", None, self._banks[0].profile)
         shard = Shard(owner, tuple(map(MemoryRows.of, tensors)), _whole(layout))
-        return Home(name, layout, [shard], [[(0, row)] for row in range(expert_count)], self._links, "off", None)
+        return Home(name, layout, [shard], [[Place(0, row)] for row in range(expert_count)], "off", None)
 
     def adopt(self, packed: PackedLayer, bank: FileBank, routes: Sequence[Route]) -> Home:
         """A home for a layer of a slab file: what is routed to the file stays there, the rest is read into its bank.
@@ -208,20 +288,20 @@ class HomeBuilder:
             IntegrityError: a slab that was read is not what was packed.
         """
         plan = _Plan(self._banks, packed.layout, routes, bank.rows(packed))
-        everything = [(expert_id, expert_id) for expert_id in range(packed.expert_count)]
-        shard = Shard(bank, tuple(bank.rows(packed)), _whole(packed.layout))
+        file = Shard(bank, tuple(bank.rows(packed)), _whole(packed.layout))
         digests = packed.digests if self._verify != "off" else None
-        source = Home(
-            packed.name, packed.layout, [shard], [[(0, row)] for _, row in everything], self._links, "fetch", digests
-        )
+        in_file = [[Place(0, expert_id)] for expert_id in range(packed.expert_count)]
+        source = Home(packed.name, packed.layout, [file], in_file, "fetch", digests)
         staging = [torch.empty(extent.row_bytes, dtype=torch.uint8) for extent in packed.layout.extents]
         for group in plan.groups:
             if group.is_filled:
                 continue
             for index, expert_id in enumerate(group.expert_ids):
-                source.read([expert_id], [staging])
+                source.read(expert_id, staging)
                 group.fill(index, staging)
-        return Home(packed.name, packed.layout, plan.shards, plan.places, self._links, self._verify, digests)
+        # What has its home in memory can be read from the file as well, when the memory's link is busy.
+        replica = None if all(group.is_filled for group in plan.groups) else file
+        return Home(packed.name, packed.layout, plan.shards, plan.places, self._verify, digests, replica)
 
 
 def _whole(layout: SlabLayout) -> tuple[tuple[int, int], ...]:
@@ -264,7 +344,7 @@ class _Plan:
     ) -> None:
         self.shards: list[Shard] = []
         self.groups: list[_Group] = []
-        places: dict[int, list[tuple[int, int]]] = {}
+        places: dict[int, list[Place]] = {}
         by_route: dict[Route, list[int]] = {}
         for expert_id, route in enumerate(routes):
             by_route.setdefault(route, []).append(expert_id)
@@ -280,7 +360,7 @@ class _Plan:
                 rows = list(range(len(expert_ids)))
             shard_ids = range(len(self.shards), len(self.shards) + len(group.shards))
             for expert_id, row_id in zip(expert_ids, rows, strict=True):
-                places[expert_id] = [(shard_id, row_id) for shard_id in shard_ids]
+                places[expert_id] = [Place(shard_id, row_id) for shard_id in shard_ids]
             self.shards += group.shards
             self.groups.append(group)
         self.places = [places[expert_id] for expert_id in range(len(routes))]
@@ -320,33 +400,12 @@ class Cells:
             backend.allocate((cell_count, *extent.row_shape), extent.dtype) for extent in layout.extents
         )
         self._as_bytes = tuple(map(as_bytes, self.tensors))
-        self._layout = layout
         self._backend = backend
-        self._staging: list[torch.Tensor] | None = None
 
-    def fetch(self, home: Home, expert_ids: list[int], cell_ids: list[int]) -> None:
-        """Copy slabs from their home, every extent with them.
-
-        Raises:
-            TransferError, IntegrityError: see `Home.read`; the cells hold nothing of use then.
-        """
-        if home.is_direct:
-            assert home.tensors is not None
-            self._backend.copy_rows(home.tensors, expert_ids, self.tensors, cell_ids)
-        elif self._backend.is_host:
-            home.read(expert_ids, [[rows[cell_id] for rows in self._as_bytes] for cell_id in cell_ids])
-        else:
-            for expert_id, cell_id in zip(expert_ids, cell_ids, strict=True):
-                staging = self._staged()
-                home.read([expert_id], [[rows[0] for rows in staging]])
-                self._backend.copy_rows(staging, [0], self._as_bytes, [cell_id])
+    def rows(self, cell_id: int) -> list[torch.Tensor]:
+        """One cell, per extent as a [row bytes] uint8 tensor."""
+        return [rows[cell_id] for rows in self._as_bytes]
 
     def take(self, cells: Cells, from_ids: list[int], cell_ids: list[int]) -> None:
-        """Copy slabs from other cells of the same layout."""
+        """Copy slabs from other cells of the same layout, in order with the kernels of the calling thread."""
         self._backend.copy_rows(cells.tensors, from_ids, self.tensors, cell_ids)
-
-    def _staged(self) -> list[torch.Tensor]:
-        """Host memory for one slab, [1, row bytes] uint8 per extent, on its way to a device that reads no bank."""
-        if self._staging is None:
-            self._staging = [anonymous_tensor((1, extent.row_bytes), torch.uint8) for extent in self._layout.extents]
-        return self._staging

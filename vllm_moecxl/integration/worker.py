@@ -8,7 +8,7 @@ from __future__ import annotations
 import atexit
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from vllm.model_executor.model_loader.utils import get_model_architecture
 
 from vllm_moecxl.config import OffloadConfig
 from vllm_moecxl.data.banks.make import make_banks, slab_file_path
-from vllm_moecxl.data.devices import make_backend
+from vllm_moecxl.data.devices.make import make_backend
 from vllm_moecxl.data.profiles import load_profiles, machine_identity
 from vllm_moecxl.errors import UnsupportedModelError
 from vllm_moecxl.integration import patches
@@ -41,6 +41,9 @@ from vllm_moecxl.runtime.runtime import OffloadRuntime
 logger = init_logger("vllm.moecxl")
 
 _RUNTIME_ATTRIBUTE = "moe_offload_runtime"
+
+#: Those of this process that live: one for each model of an engine.
+_runtimes: weakref.WeakSet[OffloadRuntime] = weakref.WeakSet()
 
 
 class MoeOffloadWorker:
@@ -118,13 +121,12 @@ def _device(vllm_config: Any) -> torch.device:
 
 def _make_runtime(config: OffloadConfig, vllm_config: Any) -> OffloadRuntime:
     device, world = _device(vllm_config), get_world_group()
-    banks = make_banks(
-        config.banks,
-        load_profiles(machine_identity(read_topology())),
-        ranks=(world.rank_in_group, world.world_size),
-    )
+    profiles = load_profiles(machine_identity(read_topology()))
+    banks = make_banks(config.banks, profiles, ranks=(world.rank_in_group, world.world_size))
     path = counters_path(world.rank)
-    runtime = OffloadRuntime(config, make_backend(device), device, logger, banks, path)
+    slot_bytes_per_s = profiles.of("dram", "dram").read_bytes_per_s
+    runtime = OffloadRuntime(config, make_backend(device), device, logger, banks, path, slot_bytes_per_s)
+    _runtimes.add(runtime)
     # An engine that is gone must not be counted among those of a later one in the same process.
     weakref.finalize(runtime, path.unlink, missing_ok=True)
     if runtime.slab_file is not None:
@@ -173,6 +175,14 @@ def _refuse_weight_access(vllm_config: Any, method: str) -> None:
         )
 
 
+def _before_step(finished_request_ids: Collection[str]) -> None:
+    for runtime in list(_runtimes):
+        runtime.watch()
+        if finished_request_ids:
+            runtime.forget(finished_request_ids)
+
+
 patches.patch_model_creation(_build)
+patches.patch_steps(_before_step)
 patches.patch_weight_access(_refuse_weight_access)
 patches.patch_checkpoint_reading(passes_over)

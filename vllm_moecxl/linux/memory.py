@@ -170,6 +170,11 @@ class Placement:
         """Whether every page is known to be on the node."""
         return not self.unknown_bytes and self.bytes_by_node.keys() == {self.node}
 
+    @property
+    def astray_bytes(self) -> int:
+        """Bytes that are on other nodes or at an unknown place."""
+        return self.unknown_bytes + sum(size for node, size in self.bytes_by_node.items() if node != self.node)
+
     def describe(self) -> str:
         """One sentence for the log and the doctor."""
         found = [f"{format_bytes(size)} on node {node}" for node, size in sorted(self.bytes_by_node.items())]
@@ -228,21 +233,26 @@ def place(mapping: Mapping, node: int, *, sysfs: Path = Path("/sys"), reserve_by
         raise
 
 
-def verify(mapping: Mapping, node: int) -> Placement:
+def verify(mapping: Mapping, node: int, start: int = 0, byte_count: int | None = None) -> Placement:
     """Where the mapping's pages are now, by asking about every one of them.
 
     Worth asking again after pinning, which moves pages off movable memory, and now and then while serving: a node that
     is taken offline hands its pages to another one and tells nobody.
 
+    Args:
+        start, byte_count: the part of it to ask about; `start` is on a page boundary.
+
     Raises:
         OSError: this process may not ask.
     """
     assert not mapping.is_dax, "the kernel knows no node of device memory"
+    assert start % mmap.PAGESIZE == 0
     page_counts: Counter[int] = Counter()
     query_bytes = _QUERY_PAGE_COUNT * mmap.PAGESIZE
-    for start in range(0, mapping.byte_count, query_bytes):
-        end = min(start + query_bytes, mapping.byte_count)
-        pages = array("Q", range(mapping.address + start, mapping.address + end, mmap.PAGESIZE))
+    stop = mapping.byte_count if byte_count is None else start + byte_count
+    for query_start in range(start, stop, query_bytes):
+        end = min(query_start + query_bytes, stop)
+        pages = array("Q", range(mapping.address + query_start, mapping.address + end, mmap.PAGESIZE))
         for attempt in range(_QUERY_ATTEMPTS):
             if attempt:
                 time.sleep(_QUERY_PAUSE_S)
@@ -286,6 +296,19 @@ def _refusal(node: int, error: OSError) -> str:
         case _:
             remedy = "see the kernel's log"
     return f'--moe-offload-config banks: the kernel refuses memory on "numa:{node}" ({error.strerror}): {remedy}'
+
+
+def copy(source: int, target: int, byte_count: int) -> None:
+    """Copy within this process, in the calling thread, with the Global Interpreter Lock free meanwhile.
+
+    The C library's own: as fast as torch's copy here (19 GB/s on a core for pieces of 256 KiB to 32 MiB, AMD EPYC,
+    2026-11-22), which would start a team of compute threads of its own for each thread that copies. Where stores past
+    the cache help, the C library uses them.
+
+    Args:
+        source, target: addresses of readable and writable memory of this process, not overlapping.
+    """
+    syscalls.copy_memory(target, source, byte_count)
 
 
 def read_safely(address: int, target: memoryview | bytearray | mmap.mmap) -> None:

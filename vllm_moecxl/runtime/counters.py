@@ -9,14 +9,17 @@ from __future__ import annotations
 import json
 import mmap
 import operator
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from vllm_moecxl.types import Lookup, PassKind, SlotState
+from vllm_moecxl.types import Cause, Lookup, PassKind, SlotState
 
 _WORD_BYTES = 8
 
@@ -30,8 +33,25 @@ class Metric(Enum):
 
     LOOKUPS = ("lookups_total", "Experts looked up, once per layer and forward.", True, 1.0)
     FETCH_BYTES = ("fetch_bytes_total", "Bytes copied from a bank into slots or the layer buffer.", True, 1.0)
+    FETCH_SECONDS = ("fetch_seconds_total", "Seconds from asking for a slab to its arrival, added up.", True, 1e-9)
+    FETCHES = ("fetches_total", "Slabs that arrived in slots or the layer buffers.", True, 1.0)
+    LINK_BUSY_SECONDS = ("link_busy_seconds_total", "Seconds in which a bank had copies under way.", True, 1e-9)
     STALL_SECONDS = ("stall_seconds_total", "Seconds that forwards waited for fetches.", True, 1e-9)
     PASSES = ("passes_total", "Kernel calls, by the kind of pass.", True, 1.0)
+    PREFETCH = (
+        "prefetch_total",
+        "Slabs that were fetched before anybody waited for them, by what came of it.",
+        True,
+        1.0,
+    )
+    SIDECAR_UP = (
+        "sidecar_up",
+        "Whether the sidecar lives: without it, fetches happen on demand only.",
+        False,
+        1.0,
+        min,
+    )
+    SIDECAR_CPU_SECONDS = ("sidecar_cpu_seconds_total", "Processor time of the sidecar's thread.", True, 1e-9)
     SLOTS = ("slots", "Slots in each state.", False, 1.0)
     BANK_UP = ("bank_up", "Whether a bank keeps its promises: readable, and all bytes where asked.", False, 1.0, min)
     BANK_BYTES = ("bank_bytes", "Bytes of a bank: capacity, used, and astray (not where they were asked).", False, 1.0)
@@ -55,6 +75,19 @@ class Metric(Enum):
         self.merge = merge
 
 
+class PrefetchOutcome(Enum):
+    """What came of a prefetch.
+
+    USEFUL: it was there when it was needed.
+    LATE: it was needed, and waited for.
+    WASTED: its cell was given to another before anybody needed it.
+    """
+
+    USEFUL = "useful"
+    LATE = "late"
+    WASTED = "wasted"
+
+
 class Row(NamedTuple):
     """One labelled value of a metric, in its unit."""
 
@@ -76,10 +109,21 @@ class Counters:
 
     def __init__(self, bank_names: list[str], path: Path | None = None) -> None:
         self._rows: list[tuple[Metric, dict[str, str]]] = []
+        self._lock = threading.RLock()  # the collector may run a destructor that counts
         self.lookup = {outcome: self._add(Metric.LOOKUPS, outcome=outcome.value) for outcome in Lookup}
         self.hit = self.lookup[Lookup.HIT]
-        self.fetch_bytes = {name: self._add(Metric.FETCH_BYTES, bank=name, cause="demand") for name in bank_names}
+        self.fetch_bytes = {
+            (name, cause): self._add(Metric.FETCH_BYTES, bank=name, cause=cause.name.lower())
+            for name in bank_names
+            for cause in Cause
+        }
+        self.fetch_ns = {cause: self._add(Metric.FETCH_SECONDS, cause=cause.name.lower()) for cause in Cause}
+        self.fetches = {cause: self._add(Metric.FETCHES, cause=cause.name.lower()) for cause in Cause}
+        self.link_busy_ns = {name: self._add(Metric.LINK_BUSY_SECONDS, bank=name) for name in bank_names}
         self.stall_ns = self._add(Metric.STALL_SECONDS)
+        self.prefetch = {outcome: self._add(Metric.PREFETCH, outcome=outcome.value) for outcome in PrefetchOutcome}
+        self.sidecar_up = self._add(Metric.SIDECAR_UP)
+        self.sidecar_cpu_ns = self._add(Metric.SIDECAR_CPU_SECONDS)
         self.passes = {kind: self._add(Metric.PASSES, kind=kind.value) for kind in PassKind}
         self.single_pass = self.passes[PassKind.SINGLE]
         self.slots = {state: self._add(Metric.SLOTS, state=state.name.lower()) for state in SlotState}
@@ -91,6 +135,37 @@ class Counters:
         }
         self.bank_bandwidth = {name: self._add(Metric.BANK_BANDWIDTH, bank=name) for name in bank_names}
         self.values = np.zeros(len(self._rows), dtype=np.int64) if path is None else self._map(path)
+
+    def add(self, amounts: Mapping[int, int]) -> None:
+        """Raise rows that several threads write; a row is written either here or by one thread alone."""
+        with self._lock:
+            for row, amount in amounts.items():
+                self.values[row] += amount
+
+    @contextmanager
+    def stalling(self) -> Iterator[None]:
+        """Count the time inside as waited by a forward."""
+        started_ns = time.perf_counter_ns()
+        try:
+            yield
+        finally:
+            self.values[self.stall_ns] += time.perf_counter_ns() - started_ns
+
+    def moved(self, bank_name: str, byte_count: int, cause: Cause) -> None:
+        """See `data.mover.Observer`."""
+        self.add({self.fetch_bytes[bank_name, cause]: byte_count})
+
+    def was_busy(self, bank_name: str, duration_s: float) -> None:
+        """See `data.mover.Observer`."""
+        self.add({self.link_busy_ns[bank_name]: int(duration_s * 1e9)})
+
+    def landed(self, cause: Cause, duration_s: float) -> None:
+        """See `data.mover.Observer`."""
+        self.add({self.fetch_ns[cause]: int(duration_s * 1e9), self.fetches[cause]: 1})
+
+    def failed(self, bank_name: str) -> None:
+        """See `data.mover.Observer`."""
+        self.values[self.bank_up[bank_name]] = 0
 
     def rows(self) -> list[Row]:
         """All values now."""

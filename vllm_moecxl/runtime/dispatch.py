@@ -5,20 +5,23 @@ A full hit is one table look-up, one lease and one kernel call. All else, misses
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from vllm_moecxl.control.passes import Pass, expert_passes, needed_later, token_passes
-from vllm_moecxl.control.residency import Lease, Residency
-from vllm_moecxl.data.devices import DeviceBackend
-from vllm_moecxl.data.slabs import Cells, Home
-from vllm_moecxl.errors import IntegrityError, TransferError
+from vllm_moecxl.control.cost import LayerCosts
+from vllm_moecxl.control.layer_order import LayerOrder
+from vllm_moecxl.control.passes import Pass, expert_passes, needed_later, split_resident, token_passes
+from vllm_moecxl.control.residency import Lease
+from vllm_moecxl.data.devices.base import DeviceBackend
+from vllm_moecxl.data.slabs import Home
 from vllm_moecxl.runtime.counters import Counters
-from vllm_moecxl.types import Lookup, PassKind, SlotState
+from vllm_moecxl.runtime.layer_buffer import LayerBuffers
+from vllm_moecxl.runtime.slots import SlotCache
+from vllm_moecxl.types import Cause, Lookup, PassKind
 
 #: Runs vLLM's kernel: (x, topk_weights, row ids into the bound cells) -> output.
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -27,47 +30,75 @@ Tensors = Sequence[torch.Tensor]
 #: Makes the kernel read its weights from these rows.
 Bind = Callable[[Tensors], None]
 
+#: The next layer is brought ahead only while a forward needs this share of a layer's experts: so much of what is
+#: brought is needed, whatever the router says. Source: a planning figure; a prefill needs nearly all.
+_AHEAD_SHARE_MIN = 0.75
+
+
+class Helper(Protocol):
+    """Who copies while the forward computes.
+
+    Attributes:
+        is_up: whether it does; without it, the forward waits for each fetch.
+    """
+
+    is_up: bool
+
 
 class Dispatch:
     """Runs one layer from its slots.
 
     Args:
         name: the layer's name, for messages.
-        residency: its slot table.
-        home: its slabs.
-        slots: its cells; bound to the kernel except while the layer buffer is.
-        layer_buffer: shared cells, one per expert; None where there is none.
+        layer_id: its place among the MoE layers.
+        slots: bound to the kernel except while other rows are.
+        buffers: shared rows, one per expert; None where there are none.
+        costs: what each way to run a forward costs.
+        order: where the forward is.
+        helper: copies beside the forward.
         pass_kind: how to run what does not fit the slots: TOKEN, EXPERT, or LAYER_BUFFER for kernels whose result
             changes with either.
+
+    Attributes:
+        following: the layer that comes after this one.
     """
 
     def __init__(
         self,
         name: str,
-        residency: Residency,
-        home: Home,
-        slots: Cells,
-        layer_buffer: Cells | None,
+        layer_id: int,
+        slots: SlotCache,
+        buffers: LayerBuffers | None,
+        costs: LayerCosts,
+        order: LayerOrder,
+        helper: Helper,
         backend: DeviceBackend,
         counters: Counters,
         kernel: Kernel,
         bind: Bind,
         pass_kind: PassKind,
     ) -> None:
-        assert pass_kind is not PassKind.LAYER_BUFFER or layer_buffer is not None
+        assert costs.is_always_in_place or pass_kind is not PassKind.LAYER_BUFFER or buffers is not None
         self.name = name
-        self.residency = residency
-        self.home = home
+        self.layer_id = layer_id
         self.slots = slots
-        self.layer_buffer = layer_buffer
+        self.buffers = buffers
         self.pass_kind = pass_kind
+        self.following: Dispatch | None = None
+        self._costs = costs
+        self._order = order
+        self._helper = helper
         self._backend = backend
         self._counters = counters
         self._kernel = kernel
         self._bind = bind
-        self._counted_slots = dict.fromkeys(SlotState, 0)
-        self._count_slots()
-        bind(slots.tensors)
+        self._in_place_rows = self.home.tensors if costs.is_always_in_place else None
+        bind(slots.cells.tensors if self._in_place_rows is None else self._in_place_rows)
+
+    @property
+    def home(self) -> Home:
+        """Its slabs."""
+        return self.slots.home
 
     def __call__(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
         """Compute the layer.
@@ -87,16 +118,20 @@ class Dispatch:
         routes = host_ids.numpy().view(np.uint32)
         if not routes.size:
             return torch.empty_like(x)
-        lease = self.residency.lease(routes)
+        values = self._counters.values
+        if self._in_place_rows is not None:
+            self.slots.residency.require_known(routes)
+            values[self._counters.passes[PassKind.IN_PLACE]] += 1
+            return self._kernel(x, topk_weights, host_ids)
+        lease = self.slots.lease(routes)
         if lease is None:
             return self._slow(x, topk_weights, host_ids, routes)
-        values = self._counters.values
         values[self._counters.hit] += lease.distinct_count
         values[self._counters.single_pass] += 1
         try:
             return self._kernel(x, topk_weights, self._slot_tensor(lease))
         finally:
-            self.residency.release(lease)
+            self.slots.end(lease)
 
     def rehearse(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
         """Compute a forward that no request asked for (memory profile, warm-up); nobody looks at the result.
@@ -108,19 +143,20 @@ class Dispatch:
         host_ids = self._backend.route_ids(topk_ids)
         if not host_ids.numel():
             return torch.empty_like(x)
-        self.residency.require_known(np.unique(host_ids.numpy().view(np.uint32)))
+        self.slots.residency.require_known(np.unique(host_ids.numpy().view(np.uint32)))
         if self._backend.is_host and self.home.tensors is not None:
             return self._run_rows(self.home.tensors, x, topk_weights, host_ids)
-        if self.layer_buffer is not None:
-            return self._run_rows(self.layer_buffer.tensors, x, topk_weights, host_ids)
-        return self._kernel(x, topk_weights, self._backend.to_device(host_ids % self.slots.cell_count))
+        if self.buffers is not None:
+            return self._run_rows(self.buffers.any_cells.tensors, x, topk_weights, host_ids)
+        return self._kernel(x, topk_weights, self._backend.to_device(host_ids % self.slots.cells.cell_count))
 
     def preload(self, expert_ids: Sequence[int]) -> None:
         """Fetch experts that are likely to be needed first, as many as there are slots."""
-        self._make_resident(
-            Pass(np.array(expert_ids[: self.slots.cell_count], dtype=np.int64), None),
-            np.zeros(self.residency.expert_count, dtype=np.bool_),
-        )
+        wanted = np.array(expert_ids[: self.slots.cells.cell_count], dtype=np.int64)
+        nothing = np.zeros(self.slots.residency.expert_count, dtype=np.bool_)
+        if self._in_place_rows is None:
+            with self.slots.hold_resident(wanted, nothing, 0.0):
+                pass
 
     def _slot_tensor(self, lease: Lease) -> torch.Tensor:
         return self._backend.to_device(torch.from_numpy(lease.slot_ids))
@@ -130,48 +166,83 @@ class Dispatch:
     ) -> torch.Tensor:
         """A forward with misses: fetch, and run it in as many passes as it needs."""
         distinct = np.unique(routes).astype(np.int64)
-        resident = self.residency.resident_mask()
-        hit_count = int(np.count_nonzero(resident[distinct]))
-        self._counters.values[self._counters.hit] += hit_count
-        self._counters.values[self._counters.lookup[Lookup.MISS]] += distinct.size - hit_count
-        kind: PassKind
-        passes: Sequence[Pass]
-        if distinct.size <= self.slots.cell_count:
-            kind, passes = PassKind.SINGLE, [Pass(distinct, None)]
-        else:
-            kind, passes = self._plan(host_ids, distinct, resident)
+        resident, pending_count = self.slots.look_up(distinct)
+        missing = distinct[~resident[distinct]]
+        hit_count = int(distinct.size - missing.size)
+        values = self._counters.values
+        values[self._counters.hit] += hit_count
+        values[self._counters.lookup[Lookup.PENDING]] += pending_count
+        values[self._counters.lookup[Lookup.MISS]] += missing.size - pending_count
+        position = self._order.arrive(self.layer_id)
+        is_narrow = distinct.size <= self.slots.cells.cell_count
+        if self._costs.runs_in_place(hit_count, missing, is_narrow=is_narrow):
+            assert self.home.tensors is not None
+            values[self._counters.passes[PassKind.IN_PLACE]] += 1
+            return self._run_rows(self.home.tensors, x, topk_weights, host_ids)
+        kind, passes = self._plan(host_ids, distinct, resident)
         if kind is PassKind.LAYER_BUFFER:
-            return self._run_layer_buffer(x, topk_weights, host_ids, distinct)
-        self._counters.values[self._counters.passes[kind]] += len(passes)
-        if kind is PassKind.TOKEN:
-            return self._run_token_passes(x, topk_weights, host_ids, passes)
-        return self._run_expert_passes(x, topk_weights, host_ids, passes)
+            return self._run_layer_buffer(x, topk_weights, host_ids, distinct, position)
+        values[self._counters.passes[kind]] += len(passes)
+        run = self._run_token_passes if kind is PassKind.TOKEN else self._run_expert_passes
+        try:
+            return run(x, topk_weights, host_ids, passes, position)
+        finally:
+            self.slots.relinquish()
 
     def _plan(
         self, host_ids: torch.Tensor, distinct: npt.NDArray[np.int64], resident: npt.NDArray[np.bool_]
     ) -> tuple[PassKind, Sequence[Pass]]:
-        """Passes for more experts than there are slots."""
-        slot_count = self.slots.cell_count
-        if self.pass_kind is PassKind.EXPERT:
-            return PassKind.EXPERT, expert_passes(distinct, resident, slot_count)
+        """How to run a forward: the kind, and its passes."""
+        slot_count = self.slots.cells.cell_count
         if self.pass_kind is PassKind.TOKEN:
+            if distinct.size <= slot_count:
+                whole: Sequence[Pass] = [Pass(distinct, None)]
+                passes = self._split_first(whole, host_ids, resident)
+                return (PassKind.SINGLE if passes is whole else PassKind.TOKEN), passes
             # The layer buffer copies every expert once: passes that would copy more are not worth their churn.
-            limit = int(distinct.size) if self.layer_buffer is not None else host_ids.numel()
-            passes = token_passes(host_ids.numpy(), resident, slot_count, limit)
-            if passes is not None:
-                return PassKind.TOKEN, passes
+            limit = int(distinct.size) if self.buffers is not None else host_ids.numel()
+            found = None if self._is_brought() else token_passes(host_ids.numpy(), resident, slot_count, limit)
+            if found is not None:
+                return PassKind.TOKEN, self._split_first(found, host_ids, resident)
+        elif distinct.size <= slot_count:
+            return PassKind.SINGLE, [Pass(distinct, None)]
+        elif self.pass_kind is PassKind.EXPERT:
+            return PassKind.EXPERT, expert_passes(distinct, resident, slot_count)
         return PassKind.LAYER_BUFFER, []
 
+    def _is_brought(self) -> bool:
+        """Whether the layer before has this one's experts brought to a layer buffer."""
+        return self.buffers is not None and self.buffers.has(self.home)
+
+    def _split_first(
+        self, passes: Sequence[Pass], host_ids: torch.Tensor, resident: npt.NDArray[np.bool_]
+    ) -> Sequence[Pass]:
+        """Let the tokens whose experts are there go first, where that hides the copies of the others' experts."""
+        parts = split_resident(passes[0], host_ids.numpy(), resident) if self._helper.is_up else None
+        if parts is None:
+            return passes
+        first, rest = (part.expert_ids for part in parts)
+        missing_count = int(np.count_nonzero(~resident[rest]))
+        if not self._costs.split_pays(first.size, rest.size, missing_count, passes[0].expert_ids.size):
+            return passes
+        return [*parts, *passes[1:]]
+
     def _run_token_passes(
-        self, x: torch.Tensor, topk_weights: torch.Tensor, host_ids: torch.Tensor, passes: Sequence[Pass]
+        self,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        host_ids: torch.Tensor,
+        passes: Sequence[Pass],
+        position: float,
     ) -> torch.Tensor:
         output: torch.Tensor | None = None
         for index, part in enumerate(passes):
-            self._make_resident(part, needed_later(passes, index, self.residency.expert_count))
-            assert part.token_ids is not None
-            host_rows = torch.from_numpy(part.token_ids)
-            rows = self._backend.to_device(host_rows)
-            result = self._run_resident(x[rows], topk_weights[rows], host_ids[host_rows])
+            with self.slots.hold_resident(part.expert_ids, self._keep(passes, index), position):
+                self._look_ahead(passes, index + 1, position)
+                assert part.token_ids is not None
+                host_rows = torch.from_numpy(part.token_ids)
+                rows = self._backend.to_device(host_rows)
+                result = self._run_resident(x[rows], topk_weights[rows], host_ids[host_rows])
             if output is None:
                 output = result.new_empty((x.shape[0], *result.shape[1:]))
             output.index_copy_(0, rows, result)
@@ -179,36 +250,84 @@ class Dispatch:
         return output
 
     def _run_expert_passes(
-        self, x: torch.Tensor, topk_weights: torch.Tensor, host_ids: torch.Tensor, passes: Sequence[Pass]
+        self,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        host_ids: torch.Tensor,
+        passes: Sequence[Pass],
+        position: float,
     ) -> torch.Tensor:
         total: torch.Tensor | None = None
         for index, part in enumerate(passes):
-            self._make_resident(part, needed_later(passes, index, self.residency.expert_count))
-            if len(passes) == 1:
-                return self._run_resident(x, topk_weights, host_ids)
-            # No kernel may see an id that it has no row for: a route of another pass becomes any expert of this one,
-            # with weight zero.
-            mine = torch.isin(host_ids, torch.from_numpy(part.expert_ids))
-            ids = torch.where(mine, host_ids, int(part.expert_ids[0]))
-            weights = torch.where(self._backend.to_device(mine), topk_weights, 0)
-            result = self._run_resident(x, weights, ids).float()
+            with self.slots.hold_resident(part.expert_ids, self._keep(passes, index), position):
+                self._look_ahead(passes, index + 1, position)
+                if len(passes) == 1:
+                    return self._run_resident(x, topk_weights, host_ids)
+                # No kernel may see an id that it has no row for: a route of another pass becomes any expert of this
+                # one, with weight zero.
+                mine = torch.isin(host_ids, torch.from_numpy(part.expert_ids))
+                ids = torch.where(mine, host_ids, int(part.expert_ids[0]))
+                weights = torch.where(self._backend.to_device(mine), topk_weights, 0)
+                result = self._run_resident(x, weights, ids).float()
             total = result if total is None else total.add_(result)
         assert total is not None
         return total.to(x.dtype)
 
+    def _keep(self, passes: Sequence[Pass], index: int) -> npt.NDArray[np.bool_]:
+        return needed_later(passes, index, self.slots.residency.expert_count)
+
+    def _look_ahead(self, passes: Sequence[Pass], index: int, position: float) -> None:
+        """Have the experts of a later pass copied while this one computes."""
+        if index < len(passes) and self._helper.is_up:
+            # Still before everything of the next layer.
+            deadline = position + index / (len(passes) + 1)
+            self.slots.look_ahead(passes[index].expert_ids, self._keep(passes, index), deadline)
+
     def _run_layer_buffer(
-        self, x: torch.Tensor, topk_weights: torch.Tensor, host_ids: torch.Tensor, distinct: npt.NDArray[np.int64]
+        self,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        host_ids: torch.Tensor,
+        distinct: npt.NDArray[np.int64],
+        position: float,
     ) -> torch.Tensor:
         """One exact pass from a row per expert; leaves the slots as they are."""
-        buffer = self.layer_buffer
-        assert buffer is not None
-        resident = self.residency.resident_mask()
-        cached = distinct[resident[distinct]].tolist()
-        absent = distinct[~resident[distinct]].tolist()
-        buffer.take(self.slots, [self.residency.resident_slot(expert_id) for expert_id in cached], cached)
-        self._fetch(buffer, absent, absent)
-        self._counters.values[self._counters.passes[PassKind.LAYER_BUFFER]] += 1
-        return self._run_rows(buffer.tensors, x, topk_weights, host_ids)
+        assert self.buffers is not None
+        buffer = self.buffers.of(self.home)
+        lease, cached = self.slots.lease_resident(distinct)
+        try:
+            absent = np.setdiff1d(distinct, cached).tolist()
+            buffer.bring(absent, Cause.DEMAND, position)
+            self._bring_following(int(distinct.size))
+            if lease is not None:
+                buffer.take(self.slots.cells, lease.slot_ids.tolist(), cached.tolist())
+            buffer.wait(absent)
+            self._counters.values[self._counters.passes[PassKind.LAYER_BUFFER]] += 1
+            return self._run_rows(buffer.cells.tensors, x, topk_weights, host_ids)
+        finally:
+            buffer.was_read()
+            if lease is not None:
+                self.slots.end(lease)
+
+    def _bring_following(self, distinct_count: int) -> None:
+        """Have the next layer's experts copied into the other buffer, if it will very likely need them all."""
+        following = self.following
+        if following is None or not self._helper.is_up or following.buffers is not self.buffers:
+            return
+        if distinct_count >= _AHEAD_SHARE_MIN * self.slots.residency.expert_count:
+            following.bring_ahead(distinct_count)
+
+    def bring_ahead(self, distinct_count: int) -> None:
+        """Begin to fetch what a wide forward will find missing here.
+
+        Args:
+            distinct_count: experts that the layer before needs in this forward.
+        """
+        assert self.buffers is not None
+        if not self.buffers.can_look_ahead or distinct_count <= self.slots.cells.cell_count:
+            return
+        absent = self.slots.absent()
+        self.buffers.of(self.home).bring(absent, Cause.PREFETCH, self._order.next_position(self.layer_id))
 
     def _run_rows(
         self, rows: Tensors, x: torch.Tensor, topk_weights: torch.Tensor, host_ids: torch.Tensor
@@ -218,60 +337,13 @@ class Dispatch:
         try:
             return self._kernel(x, topk_weights, self._backend.to_device(host_ids))
         finally:
-            self._bind(self.slots.tensors)
+            self._bind(self.slots.cells.tensors if self._in_place_rows is None else self._in_place_rows)
 
     def _run_resident(self, x: torch.Tensor, topk_weights: torch.Tensor, host_ids: torch.Tensor) -> torch.Tensor:
-        """One kernel call whose experts are all in slots."""
-        lease = self.residency.lease(host_ids.numpy().view(np.uint32))
+        """One kernel call whose experts are all in slots, and held."""
+        lease = self.slots.lease(host_ids.numpy().view(np.uint32))
         assert lease is not None, "a pass runs only once its experts are resident"
         try:
             return self._kernel(x, topk_weights, self._slot_tensor(lease))
         finally:
-            self.residency.release(lease)
-
-    def _make_resident(self, part: Pass, keep: npt.NDArray[np.bool_]) -> None:
-        """Fetch what a pass lacks. All slots are taken before any copy, so that no fill evicts another."""
-        resident = self.residency.resident_mask()[part.expert_ids]
-        missing = part.expert_ids[~resident].tolist()
-        if not missing:
-            return
-        cached = part.expert_ids[resident].astype(np.uint32)
-        hold = self.residency.lease(cached) if cached.size else None
-        slot_ids: list[int] = []
-        try:
-            for expert_id in missing:
-                slot_id = self.residency.begin_fill(expert_id, keep)
-                assert slot_id is not None, "a pass needs no more experts than there are slots"
-                slot_ids.append(slot_id)
-            self._fetch(self.slots, missing, slot_ids)
-        except BaseException:
-            for slot_id in slot_ids:
-                self.residency.abort_fill(slot_id)
-            raise
-        else:
-            for slot_id in slot_ids:
-                self.residency.complete_fill(slot_id)
-        finally:
-            if hold is not None:
-                self.residency.release(hold)
-            self._count_slots()
-
-    def _fetch(self, cells: Cells, expert_ids: list[int], cell_ids: list[int]) -> None:
-        started_ns = time.perf_counter_ns()
-        try:
-            cells.fetch(self.home, expert_ids, cell_ids)
-        except (TransferError, IntegrityError):
-            for bank_name in self.home.bytes_by_bank(expert_ids):
-                self._counters.values[self._counters.bank_up[bank_name]] = 0
-            raise
-        values = self._counters.values
-        values[self._counters.stall_ns] += time.perf_counter_ns() - started_ns
-        for bank_name, byte_count in self.home.bytes_by_bank(expert_ids).items():
-            values[self._counters.fetch_bytes[bank_name]] += byte_count
-
-    def _count_slots(self) -> None:
-        """Move the gauge of slot states by what changed in this layer."""
-        counts = self.residency.state_counts()
-        for state in SlotState:
-            self._counters.values[self._counters.slots[state]] += counts[state] - self._counted_slots[state]
-        self._counted_slots = counts
+            self.slots.end(lease)

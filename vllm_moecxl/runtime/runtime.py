@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,24 +13,31 @@ import torch
 
 from vllm_moecxl.config import OffloadConfig
 from vllm_moecxl.control.account import Account, LayerNeed, Machine, plan
+from vllm_moecxl.control.cost import LayerCosts
 from vllm_moecxl.control.eviction import POLICIES
+from vllm_moecxl.control.layer_order import LayerOrder
 from vllm_moecxl.control.placement import Placement
 from vllm_moecxl.control.residency import Residency
 from vllm_moecxl.data.banks.base import Bank
 from vllm_moecxl.data.banks.file import FileBank
 from vllm_moecxl.data.banks.memory import MemoryBank
-from vllm_moecxl.data.devices import DeviceBackend
+from vllm_moecxl.data.devices.base import DeviceBackend
 from vllm_moecxl.data.host import available_bytes
 from vllm_moecxl.data.layout import SlabLayout
-from vllm_moecxl.data.links import Links
+from vllm_moecxl.data.mover import Mover
+from vllm_moecxl.data.profiles import PUBLISHED
+from vllm_moecxl.data.registration import Registration, register_banks
 from vllm_moecxl.data.slabfile import PackedLayer
 from vllm_moecxl.data.slabs import Cells, Home, HomeBuilder
 from vllm_moecxl.errors import CapacityError, ConfigError, IntegrityError
 from vllm_moecxl.runtime.counters import BANK_BYTES_KINDS, Counters
 from vllm_moecxl.runtime.dispatch import Bind, Dispatch, Kernel
+from vllm_moecxl.runtime.layer_buffer import LayerBuffer, LayerBuffers
 from vllm_moecxl.runtime.placing import Placer, slab_file_among
 from vllm_moecxl.runtime.selfcheck import SelfCheck
-from vllm_moecxl.types import PassKind
+from vllm_moecxl.runtime.sidecar import Sidecar
+from vllm_moecxl.runtime.slots import SlotCache
+from vllm_moecxl.types import Cause, InPlaceMode, PassKind
 from vllm_moecxl.units import MIB, format_bytes, format_rate, format_seconds
 
 #: Host memory that the plan leaves to the rest of the process: activations, allocator slack, the tokenizer.
@@ -89,6 +97,7 @@ class OffloadRuntime:
         logger: gets the account, the progress and what was achieved.
         counters_path: file to share the counters through; None keeps them in this process.
         banks: homes in order of preference.
+        slot_bytes_per_s: at which kernels read slots; compared with the banks' profiles.
     """
 
     def __init__(
@@ -99,6 +108,7 @@ class OffloadRuntime:
         logger: logging.Logger,
         banks: Sequence[Bank],
         counters_path: Path | None = None,
+        slot_bytes_per_s: float = PUBLISHED["dram"].read_bytes_per_s,
     ) -> None:
         assert config.mode != "off" and banks
         self.config = config
@@ -108,16 +118,24 @@ class OffloadRuntime:
         self.dispatches: dict[str, Dispatch] = {}
         self._backend = backend
         self._device = device
+        self._slot_bytes_per_s = slot_bytes_per_s
         self._log = logger
         self._needs: dict[str, LayerNeed] = {}
         self._placement: Placement | None = None
-        self._layer_buffers: dict[tuple[SlabLayout, int], Cells] = {}
+        self._layer_buffers: dict[tuple[SlabLayout, int], LayerBuffers] = {}
         #: By kernel class, the pass kind that the self-check has confirmed.
         self._confirmed: dict[str, PassKind] = {}
-        self._homes = HomeBuilder(banks, Links(len(banks)), config.verify)
+        self._homes = HomeBuilder(banks, config.verify)
         for bank in banks:
             if isinstance(bank, MemoryBank):
                 bank.reads_safely = config.verify == "fetch"
+                bank.strict_placement = config.strict_placement
+        self._mover = Mover(banks, backend, self.counters)
+        self._sidecar = Sidecar(self._mover, banks, backend, self.counters)
+        # Their threads hold none of this object: they end with it.
+        self._registrations: list[Registration] = []
+        weakref.finalize(self, _end, self._sidecar, self._mover, self._registrations, backend)
+        self._order: LayerOrder | None = None
 
     @property
     def layer_count(self) -> int:
@@ -179,27 +197,35 @@ class OffloadRuntime:
         assert self.account is not None and self._placement is not None
         layer_id = list(self._needs).index(layer.name)
         slot_count = min(self.account.slot_counts[layer_id], layer.expert_count)
-        is_cut = slot_count < layer.expert_count
+        may_be_cut = slot_count < layer.expert_count
         check = None
         # From a file even a layer that is never cut is checked: its tensors were made elsewhere.
-        if self.config.passes == "exact" and layer.kernel_name not in self._confirmed and (is_cut or layer.packed):
+        if self.config.passes == "exact" and layer.kernel_name not in self._confirmed and (may_be_cut or layer.packed):
             check = layer.check(self._device)
         home = self._take_home(layer, layer_id)
+        costs = partial(self._costs, home)
         slots = Cells(home.layout, slot_count, self._backend)
-        layer_buffer = self._layer_buffer(home.layout, layer.expert_count) if is_cut else None
-        pass_kind = self._confirmed.get(layer.kernel_name, self._wanted_pass_kind(layer, layer_buffer, is_cut))
+        is_cut = may_be_cut and not costs().is_always_in_place
+        buffers = self._buffers(home.layout, layer.expert_count) if is_cut else None
+        pass_kind = self._confirmed.get(layer.kernel_name, self._wanted_pass_kind(layer, buffers, is_cut))
 
         def dispatch(
-            pass_kind: PassKind, layer_buffer: Cells | None, counters: Counters, home: Home = home
+            pass_kind: PassKind,
+            buffers: LayerBuffers | None,
+            counters: Counters,
+            home: Home = home,
+            costs: Callable[[], LayerCosts] = costs,
         ) -> Dispatch:
             policy = POLICIES[self.config.eviction](slot_count)
             residency = Residency(layer.expert_count, slot_count, policy)
             return Dispatch(
                 layer.name,
-                residency,
-                home,
-                slots,
-                layer_buffer,
+                layer_id,
+                SlotCache(residency, home, slots, self._backend, self._mover, counters),
+                buffers,
+                costs(),
+                self._layer_order(),
+                self._sidecar,
                 self._backend,
                 counters,
                 layer.kernel,
@@ -208,18 +234,67 @@ class OffloadRuntime:
             )
 
         if check is not None:
-            rehearsed = home
-            if layer_buffer is not None and self._backend.is_host and not home.is_direct:
+            tried = partial(dispatch, costs=partial(self._costs, home, "never")) if is_cut else dispatch
+            if buffers is not None and self._backend.is_host and not home.is_direct:
                 # Passes fetch a slab many times over: from a slow bank, once is enough.
-                every = list(range(layer.expert_count))
-                layer_buffer.fetch(home, every, every)
-                rehearsed = self._homes.borrow(layer.name, home.layout, layer_buffer.tensors)
-            pass_kind = self._confirm(check, layer, pass_kind, layer_buffer, partial(dispatch, home=rehearsed))
-        installed = self.dispatches[layer.name] = dispatch(pass_kind, layer_buffer, self.counters)
+                rehearsed = self._borrow(layer.name, home, buffers.of(home))
+                tried = partial(dispatch, home=rehearsed, costs=partial(self._costs, rehearsed, "never"))
+            pass_kind = self._confirm(check, layer, pass_kind, buffers, tried)
+        installed = self.dispatches[layer.name] = dispatch(pass_kind, buffers, self.counters)
         if (hot := self._placement.hot[layer_id]).size:
             installed.preload(hot.tolist())
         self._report_progress()
         return installed
+
+    def forget(self, request_ids: Collection[str]) -> None:
+        """Requests have ended or were cancelled: what was being fetched for nobody else is given up."""
+        for request_id in request_ids:
+            self._mover.forget(request_id)
+        for dispatch in self.dispatches.values():
+            dispatch.slots.settle()
+
+    def watch(self) -> None:
+        """Look after the sidecar; called once a step."""
+        if self.config.sidecar:
+            self._sidecar.watch()
+
+    def _layer_order(self) -> LayerOrder:
+        if self._order is None:
+            self._order = LayerOrder(self.layer_count)
+        return self._order
+
+    def _costs(self, home: Home, in_place: InPlaceMode | None = None) -> LayerCosts:
+        """What running a layer costs each way; "always" in place is the user's word, and refused where it cannot be.
+
+        Raises:
+            ConfigError: the device cannot address this layer's homes.
+        """
+        in_place = in_place or self.config.in_place
+        is_addressable = self._backend.is_host and home.is_direct
+        if in_place == "always" and not is_addressable:
+            raise ConfigError(
+                f'--moe-offload-config: in_place="always" is not possible: the kernel of {home.name} cannot read all '
+                'its experts where they are, name one bank of memory on the CPU engine, or use "auto"'
+            )
+        by_bank = home.bytes_by_bank(range(home.expert_count))
+        rates = {bank.name: bank.profile.read_bytes_per_s for bank in self.banks}
+        # Banks are read one beside the other: the one that takes longest decides.
+        longest_s = max(byte_count / rates[name] for name, byte_count in by_bank.items())
+        return LayerCosts(
+            home.expert_count,
+            home.slab_bytes,
+            sum(by_bank.values()) / longest_s,
+            self._slot_bytes_per_s,
+            in_place,
+            is_addressable=is_addressable,
+        )
+
+    def _borrow(self, name: str, home: Home, buffer: LayerBuffer) -> Home:
+        """The home of a layer for as long as its slabs are all in a layer buffer."""
+        every = list(range(home.expert_count))
+        buffer.bring(every, Cause.DEMAND, 0.0)
+        buffer.wait(every)
+        return self._homes.borrow(name, home.layout, buffer.cells.tensors)
 
     def _take_home(self, layer: LoadedLayer, layer_id: int) -> Home:
         assert self._placement is not None
@@ -230,22 +305,25 @@ class OffloadRuntime:
         layer.tensors.clear()
         return self._homes.adopt(layer.packed, self.slab_file, routes)
 
-    def _layer_buffer(self, layout: SlabLayout, expert_count: int) -> Cells | None:
-        """The buffer that all layers of this layout and size share, if the account has one."""
+    def _buffers(self, layout: SlabLayout, expert_count: int) -> LayerBuffers | None:
+        """The buffers that all layers of this layout and size share, if the account has any."""
         assert self.account is not None
-        if not self.account.layer_buffer_bytes:
+        if not self.account.layer_buffer_count:
             return None
         key = (layout, expert_count)
         if key not in self._layer_buffers:
-            self._layer_buffers[key] = Cells(layout, expert_count, self._backend)
+            cells = [Cells(layout, expert_count, self._backend) for _ in range(self.account.layer_buffer_count)]
+            self._layer_buffers[key] = LayerBuffers(
+                [LayerBuffer(one, self._backend, self._mover, self.counters) for one in cells]
+            )
         return self._layer_buffers[key]
 
-    def _wanted_pass_kind(self, layer: LoadedLayer, layer_buffer: Cells | None, is_cut: bool) -> PassKind:
+    def _wanted_pass_kind(self, layer: LoadedLayer, buffers: LayerBuffers | None, is_cut: bool) -> PassKind:
         if not is_cut:
             return PassKind.TOKEN  # never cut: every forward fits
         if self.config.passes == "fast":
             return PassKind.EXPERT
-        if layer.pass_kind is not PassKind.LAYER_BUFFER or layer_buffer is not None:
+        if layer.pass_kind is not PassKind.LAYER_BUFFER or buffers is not None:
             return layer.pass_kind
         sentence = f"{layer.kernel_name} keeps the resident model's result only when a wide forward runs in one pass"
         if self.config.layer_buffer is False:
@@ -262,12 +340,12 @@ class OffloadRuntime:
         check: SelfCheck,
         layer: LoadedLayer,
         pass_kind: PassKind,
-        layer_buffer: Cells | None,
-        dispatch: Callable[[PassKind, Cells | None, Counters], Dispatch],
+        buffers: LayerBuffers | None,
+        dispatch: Callable[[PassKind, LayerBuffers | None, Counters], Dispatch],
     ) -> PassKind:
         """The pass kind that gives this kernel's own bits, by trial."""
         # The layer buffer would take the wide batch away from the passes that are to be tried.
-        tried = None if pass_kind is not PassKind.LAYER_BUFFER else layer_buffer
+        tried = None if pass_kind is not PassKind.LAYER_BUFFER else buffers
         different = check.run(lambda: dispatch(pass_kind, tried, self._private_counters()))
         if different:
             sentence = (
@@ -281,13 +359,13 @@ class OffloadRuntime:
             )
             if pass_kind is PassKind.LAYER_BUFFER:
                 raise IntegrityError(f"{sentence}: {hopeless}")
-            if layer_buffer is None:
+            if buffers is None:
                 raise IntegrityError(
                     f"{sentence}: set --moe-offload-config.layer_buffer true, or accept it with passes fast"
                 )
             self._log.warning("MoE offload: %s: every wide forward goes through the layer buffer instead", sentence)
             pass_kind = PassKind.LAYER_BUFFER
-            different = check.run(lambda: dispatch(pass_kind, layer_buffer, self._private_counters()))
+            different = check.run(lambda: dispatch(pass_kind, buffers, self._private_counters()))
             if different:
                 raise IntegrityError(f"{sentence}, and so does the layer buffer: {hopeless}")
         self._confirmed[layer.kernel_name] = pass_kind
@@ -307,7 +385,28 @@ class OffloadRuntime:
             used = format_bytes(sum(bank.used_bytes for bank in self.banks))
             self._log.info("MoE offload: experts of %d/%d layers are home, %s", done, total, used)
         if done == total:
+            self._register_banks()
             self._report_banks()
+            self._link_layers()
+            if self.config.sidecar:
+                self._sidecar.start()
+
+    def _register_banks(self) -> None:
+        """Let the device read the banks by itself, as far as it can."""
+        registration = register_banks(self.banks, self._backend, strict=self.config.strict_placement)
+        self._registrations.append(registration)
+        for bank in registration.registered:
+            self._mover.mark_registered(bank.name)
+        for line in registration.lines:
+            self._log.info("MoE offload: %s", line)
+
+    def _link_layers(self) -> None:
+        """Tell each layer which one comes after it; after the last, the next forward's first."""
+        in_order = [self.dispatches[name] for name in self._needs]
+        for index, dispatch in enumerate(in_order):
+            following = in_order[(index + 1) % len(in_order)]
+            if following is not dispatch:
+                dispatch.following = following
 
     def _report_banks(self) -> None:
         """Say what was achieved, in the log and in metrics."""
@@ -319,3 +418,10 @@ class OffloadRuntime:
             kinds = (bank.capacity_bytes or bank.used_bytes, bank.used_bytes, bank.astray_bytes)
             for kind, byte_count in zip(BANK_BYTES_KINDS, kinds, strict=True):
                 values[self.counters.bank_bytes[bank.name, kind]] = byte_count
+
+
+def _end(sidecar: Sidecar, mover: Mover, registrations: Sequence[Registration], backend: DeviceBackend) -> None:
+    sidecar.stop()
+    mover.close()
+    for registration in registrations:
+        registration.release(backend)

@@ -12,20 +12,10 @@ from vllm_moecxl.data.banks.memory import DramBank
 from vllm_moecxl.types import Tier
 from vllm_moecxl.units import MIB, format_rate, format_seconds
 
-#: The kernel wakes a sleeper this late, about; the rest is waited out awake.
-_WAKE_UP_S = 100e-6
 #: Behind by more than this share, the bank's reads were slower than the device that they stand for.
 _LATE_RATIO = 1.1
 #: Read at least this much before saying so: a first read meets cold caches and pages that are not there yet.
 _PACE_BYTES_MIN = 64 * MIB
-
-
-def _sleep_exactly(duration_s: float) -> None:
-    end_s = time.perf_counter() + duration_s
-    if duration_s > _WAKE_UP_S:
-        time.sleep(duration_s - _WAKE_UP_S)
-    while time.perf_counter() < end_s:
-        pass
 
 
 class EmulatedBank(DramBank):
@@ -33,10 +23,13 @@ class EmulatedBank(DramBank):
 
     Args:
         model: says when a read that is submitted now would be complete.
-        clock, sleep: seconds, exact to a few microseconds; virtual in tests.
+        clock, sleep: seconds; virtual in tests. Waking up some microseconds late costs no throughput while another read
+            is in flight, and waiting awake would keep the interpreter from the forward.
     """
 
     tier: Tier = "cxl"
+    #: While one waits until its read is due, the other copies the next chunk: the device is never idle.
+    reader_count = 2
 
     def __init__(
         self,
@@ -45,7 +38,7 @@ class EmulatedBank(DramBank):
         model: DeviceModel,
         profile: BankProfile,
         clock: Callable[[], float] = time.perf_counter,
-        sleep: Callable[[float], None] = _sleep_exactly,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         super().__init__(name, name, capacity_bytes, profile)
         self._model = model
@@ -67,7 +60,7 @@ class EmulatedBank(DramBank):
         return self._read_bytes < _PACE_BYTES_MIN or self._taken_s <= _LATE_RATIO * self._modelled_s
 
     def read(self, copies: Sequence[RowCopy]) -> None:
-        byte_count = sum(target.nbytes for _, _, target in copies)
+        byte_count = sum(one.target.nbytes for one in copies)
         start_s = self._clock()
         with self._lock:
             due_s = self._model.submit(start_s, byte_count)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vllm_moecxl.data.banks.base import BankProfile, RowCopy
 from vllm_moecxl.data.slabfile import PackedLayer, SlabFile
+from vllm_moecxl.linux.direct_file import CHUNK_BYTES, READER_COUNT
 from vllm_moecxl.types import Tier
 from vllm_moecxl.units import format_bytes
 
@@ -35,6 +36,8 @@ class FileBank:
     tier: Tier = "file"
     shares_host_memory = False
     reads_directly = False
+    chunk_bytes = CHUNK_BYTES
+    reader_count = READER_COUNT
 
     def __init__(self, path: Path, identity: str, profile: BankProfile) -> None:
         self.slabs = SlabFile(path)
@@ -53,9 +56,9 @@ class FileBank:
 
     def read(self, copies: Sequence[RowCopy]) -> None:
         reads = []
-        for rows, row_id, target in copies:
+        for rows, row_id, target, offset in copies:
             assert isinstance(rows, FileRows)
-            reads.append((rows.start + row_id * rows.row_bytes, target.numpy().data))
+            reads.append((rows.start + row_id * rows.row_bytes + offset, target.numpy().data))
         self.slabs.file.read_into(reads)
 
     def describe(self) -> str:

@@ -26,8 +26,18 @@ from vllm_moecxl.units import MIB, format_bytes
 
 #: devdax devices are mapped in multiples of this.
 _DAX_ALIGN_BYTES = 2 * MIB
+#: Pages that are asked about at a time while serving: the list of them keeps the interpreter busy for some 60 us.
+_LOOK_BYTES = 8 * MIB
 
 logger = logging.getLogger("vllm.moecxl")
+
+
+def misplaced(bank_name: str, where: str) -> ConfigError:
+    """The refusal of a bank whose pages are not where they were asked to be."""
+    return ConfigError(
+        f"--moe-offload-config: strict_placement=True is not possible: bank {bank_name} has {where}; bring the node's "
+        "memory online as not movable (daxctl online-memory --no-movable), free memory on it, or drop the option"
+    )
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,11 @@ class MemoryRows:
     def row_bytes(self) -> int:
         return self.as_bytes.shape[1]
 
+    def address(self, row_id: int) -> int:
+        """Where a row starts."""
+        assert 0 <= row_id < len(self.as_bytes)
+        return self.as_bytes.data_ptr() + row_id * self.row_bytes
+
 
 class MemoryBank(ABC):
     """What banks of addressable memory have in common; see `Bank`.
@@ -60,6 +75,7 @@ class MemoryBank(ABC):
 
     tier: Tier = "dram"
     shares_host_memory = True
+    reader_count = 1
 
     def __init__(self, name: str, identity: str, capacity_bytes: int | None, profile: BankProfile) -> None:
         self.name = name
@@ -70,12 +86,16 @@ class MemoryBank(ABC):
         self.astray_bytes = 0
         #: Whether a poisoned page is to be an error of the read that meets it instead of the end of the process.
         self.reads_safely = False
+        #: Whether a page that is not where it was asked to be is an error instead of a warning.
+        self.strict_placement = False
+        self._tensors: list[torch.Tensor] = []
 
     def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A contiguous host tensor in this bank, exactly as large as asked (rounded up to pages), contents undefined.
 
         Raises:
             CapacityError: the bank is full.
+            ConfigError: its memory is not where it was asked to be, and `strict_placement` forbids that.
         """
         byte_count = math.prod(shape) * dtype.itemsize
         if self.capacity_bytes is not None and self.used_bytes + byte_count > self.capacity_bytes:
@@ -86,20 +106,32 @@ class MemoryBank(ABC):
             )
         mapping, offset, taken_bytes = self._take(byte_count)
         self.used_bytes += taken_bytes
-        return as_tensor(mapping, shape, dtype, offset)
+        tensor = as_tensor(mapping, shape, dtype, offset)
+        self._tensors.append(tensor)
+        return tensor
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All that was handed out, in order; each has its pages to itself."""
+        return tuple(self._tensors)
+
+    def verify(self) -> int:
+        """Ask again where every page is; notes and returns the bytes that are not where they were asked to be."""
+        return self.astray_bytes
+
+    @property
+    def chunk_bytes(self) -> int:
+        return self.profile.chunk_bytes
 
     @property
     def reads_directly(self) -> bool:
         return not self.reads_safely
 
     def read(self, copies: Sequence[RowCopy]) -> None:
-        for rows, row_id, target in copies:
-            assert isinstance(rows, MemoryRows)
-            source = rows.as_bytes[row_id]
-            if self.reads_safely:
-                memory.copy_safely(source.data_ptr(), target.data_ptr(), source.nbytes)
-            else:
-                target.copy_(source)
+        copy = memory.copy_safely if self.reads_safely else memory.copy
+        for rows, row_id, target, offset in copies:
+            assert isinstance(rows, MemoryRows) and offset + target.nbytes <= rows.row_bytes
+            copy(rows.address(row_id) + offset, target.data_ptr(), target.nbytes)
 
     def describe(self) -> str:
         return f"bank {self.name}: {format_bytes(self.used_bytes)} in use"
@@ -141,17 +173,35 @@ class NumaBank(MemoryBank):
         self.shares_host_memory = not is_cxl
         self._sysfs = sysfs
         self._mappings: list[Mapping] = []
+        #: Where `verify_some` goes on, as (mapping, offset), and what it has found astray since it began at the first.
+        self._next_look = (0, 0)
+        self._found_bytes = 0
 
     def verify(self) -> int:
-        """Ask the kernel again where every page is; notes and returns the bytes that are elsewhere.
+        """See `MemoryBank`.
 
         Pinning moves pages off movable memory, and a node that goes offline hands its pages on, both without a word.
         """
         placements = [memory.verify(mapping, self.node) for mapping in self._mappings]
-        self.astray_bytes = sum(
-            placement.unknown_bytes + sum(size for node, size in placement.bytes_by_node.items() if node != self.node)
-            for placement in placements
-        )
+        self.astray_bytes = sum(placement.astray_bytes for placement in placements)
+        return self.astray_bytes
+
+    def verify_some(self) -> int:
+        """Like `verify`, about the next few pages: short enough to be asked again and again while serving.
+
+        Returns:
+            The bytes that are known to be elsewhere; fewer than before only once all pages were asked about again.
+        """
+        index, start = self._next_look
+        if index < len(self._mappings):
+            mapping = self._mappings[index]
+            byte_count = min(_LOOK_BYTES, mapping.byte_count - start)
+            self._found_bytes += memory.verify(mapping, self.node, start, byte_count).astray_bytes
+            is_done = start + byte_count == mapping.byte_count
+            self._next_look = (index + 1, 0) if is_done else (index, start + byte_count)
+        self.astray_bytes = max(self.astray_bytes, self._found_bytes)
+        if self._next_look[0] >= len(self._mappings):
+            self.astray_bytes, self._found_bytes, self._next_look = self._found_bytes, 0, (0, 0)
         return self.astray_bytes
 
     def describe(self) -> str:
@@ -162,6 +212,8 @@ class NumaBank(MemoryBank):
     def _take(self, byte_count: int) -> tuple[Mapping, int, int]:
         mapping = Mapping.anonymous(byte_count)
         placement = memory.place(mapping, self.node, sysfs=self._sysfs)
+        if self.strict_placement and not placement.is_achieved:
+            raise misplaced(self.name, placement.describe())
         self._mappings.append(mapping)
         if not placement.is_achieved:
             # The bytes are right wherever they are: serving goes on, slower, and says so.

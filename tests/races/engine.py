@@ -1,0 +1,360 @@
+"""The runtime on the modelled accelerator: the real dispatch, slots, layer buffers, mover and scheduler, one thread.
+
+What other threads do, the sidecar and the hands, is done by the same thread, in the places where they could: at each
+launch, between forwards, and inside the copies of the mover, which holds no lock there.
+
+A kernel's result is never needed. Instead of activations tokens carry the experts that their routes ask for, and the
+kernel, when the device runs it, finds out whether the rows that it was given are theirs.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+from unittest import mock
+
+import numpy as np
+import torch
+
+from tests.races.search import World
+from tests.support.homes import PROFILE
+from vllm_moecxl.control.cost import LayerCosts
+from vllm_moecxl.control.eviction import LeastRecentlyUsed
+from vllm_moecxl.control.layer_order import LayerOrder
+from vllm_moecxl.control.placement import Part
+from vllm_moecxl.control.residency import Residency
+from vllm_moecxl.data import slabs
+from vllm_moecxl.data.banks.base import RowCopy
+from vllm_moecxl.data.banks.memory import DramBank, MemoryRows
+from vllm_moecxl.data.devices.base import Event, Stream
+from vllm_moecxl.data.devices.modelled import ModelledBackend, ModelledEvent
+from vllm_moecxl.data.mover import Mover
+from vllm_moecxl.data.slabs import Cells, Home, HomeBuilder, Place
+from vllm_moecxl.errors import TransferError
+from vllm_moecxl.runtime.counters import Counters
+from vllm_moecxl.runtime.dispatch import Dispatch, Tensors
+from vllm_moecxl.runtime.layer_buffer import LayerBuffer, LayerBuffers
+from vllm_moecxl.runtime.slots import SlotCache
+from vllm_moecxl.types import PassKind
+
+#: A slab is two rows of these many bytes, which is three chunks and a bit.
+_ROW_BYTES = (8, 3)
+_CHUNK_BYTES = 4
+_RING_CELL_COUNT = 2
+#: A cost of copying at which it pays to let tokens go first whose experts are there.
+_SLAB_BYTES_COSTED = 1 << 30
+#: Calls inside calls of what other threads do.
+_MEDDLING_DEPTH_MAX = 2
+_WANTERS = ("request a", "request b")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """An engine and its load.
+
+    Attributes:
+        banks: whether the device reads each of them by itself, or through the staging ring.
+        home: where the slabs are: in the first bank, striped over all, or in the first with a replica in the second.
+        is_checked: whether slabs are held against their digests when they are fetched.
+        buffer_count: layer buffers.
+        token_count_max: of a forward.
+        failure_rate: of reads and of kernels.
+        meddling_rate: of the places where other threads could do something, the share in which they do.
+    """
+
+    expert_count: int = 5
+    slot_count: int = 3
+    topk: int = 2
+    layer_count: int = 2
+    pass_kind: PassKind = PassKind.TOKEN
+    banks: tuple[Literal["registered", "staged"], ...] = ("registered",)
+    home: Literal["whole", "striped", "replicated"] = "whole"
+    is_checked: bool = False
+    buffer_count: int = 0
+    forward_count: int = 4
+    token_count_max: int = 3
+    failure_rate: float = 0.0
+    meddling_rate: float = 0.15
+
+
+class ReadFailure(TransferError):
+    """What a bank raises that is told to fail."""
+
+
+class KernelFailure(RuntimeError):
+    """What a kernel raises that is told to fail."""
+
+
+class TinyBank(DramBank):
+    """A bank of small chunks; lets other threads in before and after each read."""
+
+    chunk_bytes = _CHUNK_BYTES
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, name, None, PROFILE)
+        self.before_read: Callable[[], None] = lambda: None
+        self.after_read: Callable[[], None] = lambda: None
+
+    def read(self, copies: Sequence[RowCopy]) -> None:
+        self.before_read()
+        super().read(copies)
+        self.after_read()
+
+
+class MeddledBackend(ModelledBackend):
+    """Lets other threads in after each copy to the device and each event behind it."""
+
+    meddle: Callable[[], None]
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor, stream: Stream) -> None:
+        super().copy(source, target, stream)
+        self.meddle()
+
+    def record(self, stream: Stream) -> ModelledEvent:
+        event = super().record(stream)
+        if stream is not self.compute_stream():
+            self.meddle()
+        return event
+
+    def wait(self, stream: Stream, event: Event) -> None:
+        super().wait(stream, event)
+        if stream is not self.compute_stream():
+            self.meddle()
+
+
+def content(layer_id: int, expert_id: int) -> int:
+    """The byte that an expert's slab is full of."""
+    return 1 + layer_id * 32 + expert_id
+
+
+@functools.cache
+def homes_of(spec: Spec) -> tuple[list[TinyBank], list[Home]]:
+    """The banks of an engine, and the home of each layer; made once, as nobody writes to them."""
+    banks = [TinyBank(f"bank {index}") for index in range(len(spec.banks))]
+    return banks, [_home(spec, banks, layer_id) for layer_id in range(spec.layer_count)]
+
+
+def _home(spec: Spec, banks: list[TinyBank], layer_id: int) -> Home:
+    def tensors() -> dict[str, torch.Tensor]:
+        bytes_of = torch.tensor([content(layer_id, expert_id) for expert_id in range(spec.expert_count)])
+        return {
+            f"extent {index}": bytes_of.to(torch.uint8).repeat_interleave(row_bytes).view(-1, row_bytes)
+            for index, row_bytes in enumerate(_ROW_BYTES)
+        }
+
+    def store(route: tuple[Part, ...]) -> Home:
+        builder = HomeBuilder(banks, "fetch" if spec.is_checked else "off")
+        return builder.store(f"layer {layer_id}", tensors(), [route] * spec.expert_count)
+
+    whole = (Part(0, 1.0),)
+    match spec.home:
+        case "whole":
+            return store(whole)
+        case "striped":
+            with mock.patch.object(slabs, "STRIPE_GRANULE_BYTES", 1):
+                return store(tuple(Part(index, 1 / len(banks)) for index in range(len(banks))))
+        case "replicated":
+            home, replica = store(whole), store((Part(1, 1.0),)).shards[0]
+            places = [[Place(0, expert_id)] for expert_id in range(spec.expert_count)]
+            return Home(home.name, home.layout, home.shards, places, "off", None, replica)
+
+
+@functools.cache
+def _counters(bank_names: tuple[str, ...]) -> Counters:
+    """Nothing depends on what they have counted before."""
+    return Counters(list(bank_names))
+
+
+class Helped:
+    """A sidecar that is up, or not."""
+
+    def __init__(self, is_up: bool) -> None:
+        self.is_up = is_up
+
+
+class Layer:
+    """One layer of the engine, with its kernel."""
+
+    def __init__(self, engine: Engine, layer_id: int, home: Home, buffers: LayerBuffers | None) -> None:
+        spec, backend = engine.spec, engine.backend
+        self.layer_id = layer_id
+        self._engine = engine
+        self._bound: Tensors = ()
+        cells = Cells(home.layout, spec.slot_count, backend)
+        for tensor in cells.tensors:
+            backend.label(tensor, f"slots of layer {layer_id}")
+        residency = Residency(spec.expert_count, spec.slot_count, LeastRecentlyUsed(spec.slot_count))
+        self.slots = SlotCache(residency, home, cells, backend, engine.mover, engine.counters)
+        self.dispatch = Dispatch(
+            home.name,
+            layer_id,
+            self.slots,
+            buffers,
+            LayerCosts(spec.expert_count, _SLAB_BYTES_COSTED, 1e9, 1e10),
+            engine.order,
+            engine.helper,
+            backend,
+            engine.counters,
+            self.kernel,
+            self.bind,
+            spec.pass_kind,
+        )
+
+    def bind(self, rows: Tensors) -> None:
+        self._bound = rows
+
+    def kernel(self, x: torch.Tensor, topk_weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Queue a kernel that looks for the experts `x` in the rows `ids`; routes of weight zero need none."""
+        engine, backend = self._engine, self._engine.backend
+        if engine.fails():
+            raise KernelFailure
+        engine.meddle()
+        rows = ids.tolist()
+        needed = {
+            (row_id, int(expert_id))
+            for row_ids, expert_ids, weights in zip(rows, x.tolist(), topk_weights.tolist(), strict=True)
+            for row_id, expert_id, weight in zip(row_ids, expert_ids, weights, strict=True)
+            if weight
+        }
+        bound = [memoryview(tensor.numpy()).cast("B") for tensor in self._bound]
+
+        def check() -> None:
+            for row_id, expert_id in needed:
+                for rows, row_bytes in zip(bound, _ROW_BYTES, strict=True):
+                    found = rows[row_id * row_bytes : (row_id + 1) * row_bytes].tolist()
+                    if found != [content(self.layer_id, expert_id)] * row_bytes:
+                        raise backend.violate(
+                            f"the kernel of layer {self.layer_id} needs expert {expert_id}, bytes of "
+                            f"{content(self.layer_id, expert_id)}, and finds {found} in row {row_id}"
+                        )
+
+        read = {row_id for row_ids in rows for row_id in row_ids}
+        backend.launch(f"kernel of layer {self.layer_id}", [(tensor, read) for tensor in self._bound], check)
+        engine.meddle()
+        return x * topk_weights
+
+    def check(self) -> None:
+        """Assert what holds when the device has finished: every lease has ended, and slots have their experts."""
+        self.slots.settle()
+        residency = self.slots.residency
+        residency.check()
+        for slot_id in range(residency.slot_count):
+            assert not residency.is_held(slot_id), "a lease has not ended"
+        for expert_id in residency.resident_mask().nonzero()[0].tolist():
+            for row in self.slots.cells.rows(residency.resident_slot(expert_id)):
+                assert row.tolist() == [content(self.layer_id, expert_id)] * len(row)
+
+
+class Engine:
+    """Layers, their slots and buffers, and what feeds them."""
+
+    def __init__(self, world: World, spec: Spec) -> None:
+        self.spec = spec
+        self.rng: random.Random = world.rng
+        self._now_s = 0.0
+        self._depth = 0
+        banks, homes = homes_of(spec)
+        self.backend = world.make_backend(MeddledBackend)
+        self.backend.meddle = self.meddle
+        self.counters = _counters(tuple(bank.name for bank in banks))
+        self.mover = Mover(banks, self.backend, self.counters, has_hands=False, clock=self._clock)
+        self.order = LayerOrder(spec.layer_count)
+        self.helper = Helped(spec.meddling_rate == 0 or self.rng.random() < 0.8)
+        for bank, kind in zip(banks, spec.banks, strict=True):
+            bank.before_read, bank.after_read = self._before_read, self.meddle
+            if kind == "registered":
+                self._register(bank, homes)
+        buffers = self._make_buffers(homes[0])
+        self.layers = [Layer(self, layer_id, home, buffers) for layer_id, home in enumerate(homes)]
+        for index, layer in enumerate(self.layers):
+            layer.dispatch.following = self.layers[(index + 1) % len(self.layers)].dispatch
+
+    def fails(self) -> bool:
+        """Whether what comes now is to fail."""
+        return self.spec.failure_rate > 0 and self.rng.random() < self.spec.failure_rate
+
+    def meddle(self) -> None:
+        """What other threads could do now, perhaps: only what takes no lock that this thread has."""
+        rate = self.spec.meddling_rate
+        if not rate or self.rng.random() >= rate or self._depth >= _MEDDLING_DEPTH_MAX:
+            return
+        self._depth += 1
+        try:
+            self._meddle(self.rng.choice(self.layers))
+        finally:
+            self._depth -= 1
+
+    def _meddle(self, layer: Layer) -> None:
+        kind = self.rng.randrange(6)
+        if kind <= 1:
+            self.mover.feed()
+        elif kind == 2:
+            self.mover.forget(self.rng.choice(_WANTERS))
+        elif layer.slots._lock.locked():
+            pass
+        elif kind == 3:
+            layer.slots.settle()
+        else:
+            experts = self.rng.sample(range(self.spec.expert_count), self.rng.randint(1, 2))
+            deadline = self.order.next_position(layer.layer_id)
+            layer.slots.prefetch(experts, deadline, [self.rng.choice(_WANTERS)])
+
+    def _before_read(self) -> None:
+        self.meddle()
+        if self.fails():
+            raise ReadFailure("the bank is told to fail")
+
+    def _clock(self) -> float:
+        self._now_s += 1e-6
+        return self._now_s
+
+    def _register(self, bank: TinyBank, homes: Sequence[Home]) -> None:
+        for home in homes:
+            for shard in home.shards:
+                for rows in shard.rows:
+                    if shard.bank is bank and isinstance(rows, MemoryRows):
+                        assert self.backend.register(rows.tensor)
+        self.mover.mark_registered(bank.name)
+
+    def _make_buffers(self, home: Home) -> LayerBuffers | None:
+        buffers = []
+        for index in range(self.spec.buffer_count):
+            cells = Cells(home.layout, self.spec.expert_count, self.backend)
+            for tensor in cells.tensors:
+                self.backend.label(tensor, f"layer buffer {index}")
+            buffers.append(LayerBuffer(cells, self.backend, self.mover, self.counters))
+        return LayerBuffers(buffers) if buffers else None
+
+
+def run(spec: Spec, world: World) -> None:
+    """Forwards through all layers, whatever happens meanwhile."""
+    engine = Engine(world, spec)
+    with mock.patch("vllm_moecxl.data.mover._STAGING_CELL_COUNT", _RING_CELL_COUNT):
+        for _ in range(spec.forward_count):
+            token_count = engine.rng.randint(0, spec.token_count_max)
+            for layer in engine.layers:
+                ids = np.array(
+                    [engine.rng.sample(range(spec.expert_count), spec.topk) for _ in range(token_count)], dtype=np.int32
+                ).reshape(token_count, spec.topk)
+                if not forward(layer, torch.from_numpy(ids)):
+                    break
+            engine.meddle()
+        for layer in engine.layers:
+            layer.slots.settle()
+        engine.backend.finish()
+        for layer in engine.layers:
+            layer.check()
+
+
+def forward(layer: Layer, ids: torch.Tensor) -> bool:
+    """One layer of a forward; whether it came off."""
+    x = ids.float()
+    try:
+        output = layer.dispatch(x, torch.ones_like(x), ids)
+    except (ReadFailure, KernelFailure):
+        return False
+    assert torch.equal(output, x), "some routes were computed twice, or not at all"
+    return True

@@ -1,0 +1,85 @@
+"""The backend of vLLM's CPU engine: slots are local DRAM."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import torch
+from moecxl_kernels.host import copy_rows
+
+from vllm_moecxl.data.devices.base import Event, Stream, check_copy, to_int32
+from vllm_moecxl.data.host import anonymous_tensor, available_bytes
+from vllm_moecxl.linux import affinity, memory
+
+#: Kernels and copies are done when their calls return: streams need no queues and events nothing to tell them apart.
+_STREAM = Stream()
+_DONE = Event()
+
+
+class CpuBackend:
+    """See `DeviceBackend`. Work is done in the thread that asks for it, before the call returns."""
+
+    is_host = True
+    #: Nothing is ever in flight.
+    in_flight_bytes_max = sys.maxsize
+
+    def compute_stream(self) -> Stream:
+        return _STREAM
+
+    def copy_stream(self, link_id: int) -> Stream:
+        return _STREAM
+
+    def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        # A fresh anonymous mapping reads as zeros without being touched, so unused slots cost no memory.
+        return anonymous_tensor(shape, dtype)
+
+    def free_bytes(self) -> int:
+        return available_bytes()
+
+    def register(self, memory: torch.Tensor) -> bool:
+        return True
+
+    def unregister(self, memory: torch.Tensor) -> None:
+        pass
+
+    def stage(self, byte_count: int) -> torch.Tensor:
+        return anonymous_tensor((byte_count,), torch.uint8)
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor, stream: Stream) -> None:
+        # The C library's copy: one thread, the interpreter free meanwhile, and stores past the cache where the C
+        # library knows that they help. torch's own may start a team of compute threads in each thread that copies.
+        check_copy(source, target)
+        memory.copy(source.data_ptr(), target.data_ptr(), source.nbytes)
+
+    def copy_rows(
+        self,
+        sources: Sequence[torch.Tensor],
+        source_ids: Sequence[int],
+        targets: Sequence[torch.Tensor],
+        target_ids: Sequence[int],
+    ) -> None:
+        copy_rows(sources, source_ids, targets, target_ids)
+
+    def record(self, stream: Stream) -> Event:
+        return _DONE
+
+    def wait(self, stream: Stream, event: Event) -> None:
+        pass
+
+    def query(self, event: Event) -> bool:
+        return True
+
+    def synchronize(self, event: Event) -> None:
+        pass
+
+    def route_ids(self, topk_ids: torch.Tensor) -> torch.Tensor:
+        if topk_ids.dtype is torch.int32 and topk_ids.is_contiguous():
+            return topk_ids
+        return to_int32(topk_ids).contiguous()
+
+    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def adopt_thread(self) -> None:
+        affinity.use_spare_cpus()

@@ -1,0 +1,535 @@
+"""The modelled accelerator: streams that run in every order that stream and event semantics allow.
+
+It stands in for a device of its own where there is none, to find races between copies, kernels and the host. A stream
+runs its operations in order, one at a time; operations of different streams overlap, unless an event orders them. Who
+steps next, a stream or the host, is asked of a `Chooser`, so that a search can go through the schedules and replay one.
+
+The device moves only where the host could notice: in `query` as far as the chooser likes, in `synchronize` and
+`route_ids` as far as it must. That leaves no schedule out: a step that comes earlier, between two other calls of the
+host, could as well come at the next such point, and nobody would see a difference.
+
+Two kinds of checks. What *strikes* in the schedule at hand: bytes that are read before they were written, operations
+that overlap in time and in memory, a source that the host overwrote before its copy had ended, and whatever a kernel
+finds wrong in its rows. And what is *unordered*: two operations of which neither is known to end before the other
+starts, in which case some schedule strikes even if this one does not. The latter is read off vector clocks.
+Source: C. Flanagan, S. Freund, "FastTrack: efficient and precise dynamic race detection", PLDI 2009.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import weakref
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import NoReturn, Protocol
+
+import torch
+
+from vllm_moecxl.data.devices.base import Event, Stream, check_copy, to_int32
+
+#: The host among the actors that a chooser chooses from; the others are streams.
+HOST = 0
+
+
+class Violation(AssertionError):
+    """Two operations, or an operation and the host, did to some bytes what a device would not forgive."""
+
+
+class Chooser(Protocol):
+    """Who decides the order in which things happen."""
+
+    def choose(self, actors: Sequence[int]) -> int:
+        """Index into `actors`, which are two or more in rising order, of the one that steps next."""
+
+
+class _Buffer(bytearray):
+    """Bytes that tell by a weak reference when the last tensor on them is gone."""
+
+    __slots__ = ("__weakref__",)
+
+
+class _Memory:
+    """Memory that operations touch: an allocation on the device, staging cells, or registered host memory.
+
+    Attributes:
+        base, byte_count: its addresses.
+        row_bytes: of one cell, for messages.
+        holder: gives what keeps the bytes alive; None once an allocation of the device is gone.
+        written: per byte whether anything was written there; None for host memory.
+        accesses: operations that touched it, as (operation, start, stop, whether it wrote), while not known to the
+            host to have ended.
+    """
+
+    __slots__ = ("accesses", "base", "byte_count", "holder", "name", "row_bytes", "written")
+
+    def __init__(self, name: str, tensor: torch.Tensor, holder: Callable[[], object], *, is_device: bool) -> None:
+        self.name = name
+        self.base = tensor.data_ptr()
+        self.byte_count = tensor.nbytes
+        self.row_bytes = tensor.nbytes // max(tensor.shape[0], 1) if tensor.dim() > 1 else tensor.nbytes
+        self.holder = holder
+        self.written = bytearray(tensor.nbytes) if is_device else None
+        self.accesses: list[tuple[_Operation, int, int, bool]] = []
+
+    def cell(self, start: int, stop: int) -> str:
+        row_id, offset = divmod(start, self.row_bytes)
+        return f"{self.name}, row {row_id}, bytes {offset} to {offset + stop - start}"
+
+
+#: (memory, start, stop): bytes of it.
+Region = tuple[_Memory, int, int]
+
+
+class _Operation:
+    """A copy or a kernel. It reads and writes at any time between its start and its end."""
+
+    __slots__ = (
+        *("act", "is_ended", "is_running", "keep", "name", "position", "reads", "snapshot", "stream", "writes"),
+    )
+
+    def __init__(
+        self,
+        name: str,
+        stream: ModelledStream,
+        reads: list[Region],
+        writes: list[Region],
+        act: Callable[[], None],
+        keep: tuple[torch.Tensor, ...],
+    ) -> None:
+        self.name = name
+        self.stream = stream
+        self.reads = reads
+        self.writes = writes
+        self.act = act
+        self.keep = keep
+        self.snapshot = b""
+        self.position = 0
+        self.is_running = False
+        self.is_ended = False
+
+    def __str__(self) -> str:
+        return f"{self.name} (number {self.position} on the {self.stream.name} stream)"
+
+
+class ModelledStream(Stream):
+    """A queue of operations, events to complete and events to wait for.
+
+    Attributes:
+        clock: per stream, how many of its operations are known to end before what is queued here next.
+    """
+
+    def __init__(self, name: str, actor: int) -> None:
+        self.name = name
+        self.actor = actor
+        self.clock = [0] * (actor - 1)
+        self.queue: deque[_Operation | ModelledEvent | _Wait] = deque()
+
+
+class ModelledEvent(Event):
+    """A point in a stream; complete when all before it has ended."""
+
+    def __init__(self, clock: list[int]) -> None:
+        self.clock = clock
+        self.is_complete = False
+
+
+class _Wait:
+    """A stream's wait for an event."""
+
+    __slots__ = ("event",)
+
+    def __init__(self, event: ModelledEvent) -> None:
+        self.event = event
+
+
+class ModelledBackend:
+    """A `DeviceBackend` whose device is a model. For one thread.
+
+    Args:
+        chooser: decides the order.
+        may_register: whether some host memory can be registered.
+        checks_order: also report what is unordered; else only what strikes.
+        patience: how often in a row the chooser may send the host on from `query` while the device could step. A host
+            that polls would otherwise make schedules without end.
+        trace: gets a line for each step.
+
+    Attributes:
+        violation: the first that was found, in case somebody took the exception for a failing bank.
+    """
+
+    is_host = False
+
+    def __init__(
+        self,
+        chooser: Chooser,
+        *,
+        may_register: Callable[[torch.Tensor], bool] = lambda _: True,
+        checks_order: bool = True,
+        capacity_bytes: int = 1 << 30,
+        in_flight_bytes_max: int = 1 << 30,
+        patience: int = 8,
+        trace: list[str] | None = None,
+    ) -> None:
+        self.in_flight_bytes_max = in_flight_bytes_max
+        self.violation: Violation | None = None
+        self._chooser = chooser
+        self._may_register = may_register
+        self._checks_order = checks_order
+        self._capacity_bytes = capacity_bytes
+        self._patience = patience
+        self._patience_left = patience
+        self._trace = trace
+        self._memories: list[_Memory] = []
+        self._bases: list[int] = []
+        self._running: list[_Operation] = []
+        self._host_clock: list[int] = []
+        self._streams: list[ModelledStream] = []
+        self._copy_streams: dict[int, ModelledStream] = {}
+        self._compute = self._new_stream("compute")
+
+    # The protocol.
+
+    def compute_stream(self) -> ModelledStream:
+        return self._compute
+
+    def copy_stream(self, link_id: int) -> ModelledStream:
+        stream = self._copy_streams.get(link_id)
+        if stream is None:
+            stream = self._copy_streams[link_id] = self._new_stream(f"link {link_id}")
+        return stream
+
+    def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        buffer = _Buffer(math.prod(shape) * dtype.itemsize)
+        tensor = torch.frombuffer(buffer, dtype=dtype).view(*shape)
+        self._add(_Memory(f"allocation {len(self._memories)}", tensor, weakref.ref(buffer), is_device=True))
+        return tensor
+
+    def free_bytes(self) -> int:
+        self._index()
+        return self._capacity_bytes - sum(one.byte_count for one in self._memories if one.written is not None)
+
+    def register(self, memory: torch.Tensor) -> bool:
+        if not self._may_register(memory):
+            return False
+        if self._find(memory.data_ptr(), memory.nbytes) is not None:
+            self._fail(f"{memory.nbytes} bytes of host memory are registered twice")
+        self._add(_Memory("registered memory", memory, lambda: memory, is_device=False))
+        return True
+
+    def stage(self, byte_count: int) -> torch.Tensor:
+        cell = torch.zeros(byte_count, dtype=torch.uint8)
+        self._add(_Memory(f"staging cell {len(self._memories)}", cell, lambda: cell, is_device=False))
+        return cell
+
+    def unregister(self, memory: torch.Tensor) -> None:
+        found = self._find(memory.data_ptr(), memory.nbytes)
+        if found is None or found.written is not None or found.byte_count != memory.nbytes:
+            self._fail(f"{memory.nbytes} bytes of host memory are unregistered, which nobody registered or staged")
+        for operation, start, stop, _ in found.accesses:
+            if not self._is_known_to_host(operation):
+                self._fail(f"{found.cell(start, stop)} is unregistered before {operation} is known to have ended")
+        self._memories.remove(found)
+        self._index()
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor, stream: Stream) -> None:
+        assert isinstance(stream, ModelledStream)
+        check_copy(source, target)
+        byte_count = source.numel()
+        if not byte_count:
+            return
+        address = source.data_ptr()
+        read = self._region(address, byte_count, "the source of a copy", is_device=False)
+        write = self._region(target.data_ptr(), byte_count, "the target of a copy", is_device=True)
+        snapshot = ctypes.string_at(address, byte_count)
+        keep = (source, target)
+        operation = _Operation("copy", stream, [read], [write], lambda: self._write(write, snapshot), keep)
+        operation.snapshot = snapshot
+        self._submit(operation)
+
+    def copy_rows(
+        self,
+        sources: Sequence[torch.Tensor],
+        source_ids: Sequence[int],
+        targets: Sequence[torch.Tensor],
+        target_ids: Sequence[int],
+    ) -> None:
+        assert len(sources) == len(targets) and len(source_ids) == len(target_ids)
+        reads = [region for source in sources for region in self._rows(source, source_ids)]
+        writes = [region for target in targets for region in self._rows(target, target_ids)]
+        assert all(read[2] - read[1] == write[2] - write[1] for read, write in zip(reads, writes, strict=True))
+
+        def act() -> None:
+            for read, write in zip(reads, writes, strict=True):
+                self._write(write, self._read(read))
+
+        if reads:
+            self._submit(_Operation("copy of rows", self._compute, reads, writes, act, (*sources, *targets)))
+
+    def record(self, stream: Stream) -> ModelledEvent:
+        assert isinstance(stream, ModelledStream)
+        _merge(stream.clock, self._host_clock)
+        event = ModelledEvent(stream.clock.copy())
+        stream.queue.append(event)
+        return event
+
+    def wait(self, stream: Stream, event: Event) -> None:
+        assert isinstance(stream, ModelledStream) and isinstance(event, ModelledEvent)
+        _merge(stream.clock, event.clock)
+        stream.queue.append(_Wait(event))
+
+    def query(self, event: Event) -> bool:
+        assert isinstance(event, ModelledEvent)
+        while (ready := self._ready()) and not event.is_complete:
+            actors = [stream.actor for stream in ready]
+            if self._patience_left:
+                actors.insert(0, HOST)
+            actor = self._chosen(actors)
+            if actor == HOST:
+                self._patience_left -= 1
+                return False
+            self._step(self._streams[actor - 1])
+        if event.is_complete:
+            _merge(self._host_clock, event.clock)
+        return event.is_complete
+
+    def synchronize(self, event: Event) -> None:
+        assert isinstance(event, ModelledEvent)
+        while (ready := self._ready()) and not event.is_complete:
+            self._step(self._streams[self._chosen([stream.actor for stream in ready]) - 1])
+        assert event.is_complete, "an event is waited for that nobody recorded here"
+        _merge(self._host_clock, event.clock)
+
+    def route_ids(self, topk_ids: torch.Tensor) -> torch.Tensor:
+        # The ids come from a kernel: the host waits for all that was queued before, as for any tensor that it reads.
+        self.synchronize(self.record(self._compute))
+        return to_int32(topk_ids).contiguous()
+
+    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.clone()
+
+    def adopt_thread(self) -> None:
+        pass
+
+    # What a harness asks beside it.
+
+    def launch(
+        self, name: str, reads: Sequence[tuple[torch.Tensor, Iterable[int]]], check: Callable[[], None] = lambda: None
+    ) -> None:
+        """Queue a kernel on the compute stream.
+
+        Args:
+            name: for messages.
+            reads: [rows, ...] device tensors, and the rows of each that it reads.
+            check: looks at these rows when the kernel runs; raises what `violate` gives where they are wrong.
+        """
+        regions = [region for tensor, row_ids in reads for region in self._rows(tensor, row_ids)]
+        self._submit(_Operation(name, self._compute, regions, [], check, tuple(tensor for tensor, _ in reads)))
+
+    def label(self, tensor: torch.Tensor, name: str) -> None:
+        """Give device or staging memory a name for messages."""
+        memory = self._find(tensor.data_ptr(), tensor.nbytes)
+        assert memory is not None
+        memory.name = name
+
+    def finish(self) -> None:
+        """Run all that is queued.
+
+        Raises:
+            Violation: the first that was found, here or before.
+        """
+        if self.violation is None:
+            for stream in self._streams:
+                self.synchronize(self.record(stream))
+            for memory in self._memories:
+                memory.accesses.clear()
+        if self.violation is not None:
+            raise self.violation
+
+    def violate(self, message: str) -> Violation:
+        """A violation, noted; to be raised."""
+        violation = Violation(message)
+        self.violation = self.violation or violation
+        return violation
+
+    # Time.
+
+    def _ready(self) -> list[ModelledStream]:
+        """Streams whose next entry is an operation; events that are reached are complete afterwards."""
+        ready: list[ModelledStream] = []
+        is_settled = False
+        while not is_settled:
+            is_settled = True
+            ready.clear()
+            for stream in self._streams:
+                queue = stream.queue
+                while queue:
+                    head = queue[0]
+                    if isinstance(head, _Operation):
+                        ready.append(stream)
+                        break
+                    if isinstance(head, _Wait):
+                        if not head.event.is_complete:
+                            break
+                    else:
+                        head.is_complete = True
+                        is_settled = False
+                    queue.popleft()
+        return ready
+
+    def _chosen(self, actors: list[int]) -> int:
+        return actors[0] if len(actors) == 1 else actors[self._chooser.choose(actors)]
+
+    def _step(self, stream: ModelledStream) -> None:
+        """Start or end the operation at the head of a stream."""
+        self._patience_left = self._patience
+        operation = stream.queue[0]
+        assert isinstance(operation, _Operation)
+        if self._trace is not None:
+            self._trace.append(f"{'end' if operation.is_running else 'start'}: {operation}")
+        if operation.is_running:
+            self._running.remove(operation)
+            self._end(operation)
+            operation.is_ended = True
+            stream.queue.popleft()
+        else:
+            self._start(operation)
+            operation.is_running = True
+            self._running.append(operation)
+
+    def _start(self, operation: _Operation) -> None:
+        for memory, start, stop in operation.reads:
+            if memory.written is not None and memory.written.find(0, start, stop) >= 0:
+                self._fail(f"{operation} reads {memory.cell(start, stop)}, where nothing was written yet")
+        for other in self._running:
+            if cell := _clash(operation.writes, other.writes) or _clash(operation.reads, other.writes):
+                self._fail(f"{operation} starts while {other} still writes {cell}")
+            if cell := _clash(operation.writes, other.reads):
+                self._fail(f"{operation} overwrites {cell} while {other} still reads it")
+
+    def _end(self, operation: _Operation) -> None:
+        if operation.snapshot:
+            read = operation.reads[0]
+            if self._read(read) != operation.snapshot:
+                self._fail(f"{read[0].cell(*read[1:])} was overwritten by the host before {operation} had ended")
+        try:
+            operation.act()
+        except Violation as violation:
+            self.violation = self.violation or violation
+            raise
+        operation.keep = ()
+
+    # Order.
+
+    def _submit(self, operation: _Operation) -> None:
+        stream = operation.stream
+        clock = stream.clock
+        _merge(clock, self._host_clock)
+        for region in operation.reads:
+            self._enter(operation, region, clock, is_write=False)
+        for region in operation.writes:
+            self._enter(operation, region, clock, is_write=True)
+        clock[stream.actor - 1] += 1
+        operation.position = clock[stream.actor - 1]
+        if self._trace is not None:
+            self._trace.append(f"queue: {operation}")
+        stream.queue.append(operation)
+
+    def _enter(self, operation: _Operation, region: Region, clock: list[int], *, is_write: bool) -> None:
+        """Note an access; hold it against those that it is not ordered with."""
+        memory, start, stop = region
+        if memory.accesses:
+            memory.accesses = [one for one in memory.accesses if not self._is_known_to_host(one[0])]
+        if self._checks_order:
+            for other, other_start, other_stop, other_writes in memory.accesses:
+                if start >= other_stop or other_start >= stop or other is operation:
+                    continue
+                if (is_write or other_writes) and clock[other.stream.actor - 1] < other.position:
+                    self._fail(
+                        f"{operation.name} on the {operation.stream.name} stream {'writes' if is_write else 'reads'} "
+                        f"{memory.cell(start, stop)} without being ordered after {other}, "
+                        f"which {'writes' if other_writes else 'reads'} it"
+                    )
+                if memory.written is None and self._read((memory, other_start, other_stop)) != other.snapshot:
+                    self._fail(
+                        f"{memory.cell(other_start, other_stop)} was overwritten by the host before {other} was known "
+                        "to have ended"
+                    )
+        memory.accesses.append((operation, start, stop, is_write))
+
+    def _is_known_to_host(self, operation: _Operation) -> bool:
+        if not self._checks_order:
+            return operation.is_ended
+        return self._host_clock[operation.stream.actor - 1] >= operation.position > 0
+
+    def _new_stream(self, name: str) -> ModelledStream:
+        stream = ModelledStream(name, len(self._streams) + 1)
+        self._streams.append(stream)
+        self._host_clock.append(0)
+        for one in self._streams:
+            one.clock.append(0)
+        return stream
+
+    # Memory.
+
+    def _add(self, memory: _Memory) -> None:
+        self._memories.append(memory)
+        self._index()
+
+    def _index(self) -> None:
+        """Sort what is alive by address; addresses of what is gone may come again."""
+        self._memories = sorted((one for one in self._memories if one.holder() is not None), key=lambda one: one.base)
+        self._bases = [memory.base for memory in self._memories]
+
+    def _find(self, address: int, byte_count: int) -> _Memory | None:
+        index = bisect_right(self._bases, address) - 1
+        if index < 0:
+            return None
+        memory = self._memories[index]
+        return memory if address + byte_count <= memory.base + memory.byte_count else None
+
+    def _region(self, address: int, byte_count: int, role: str, *, is_device: bool) -> Region:
+        memory = self._find(address, byte_count)
+        if memory is None or (memory.written is not None) is not is_device:
+            where = "memory of the device" if is_device else "registered or staging memory"
+            self._fail(f"{role}, {byte_count} bytes, is not in {where}")
+        start = address - memory.base
+        return memory, start, start + byte_count
+
+    def _rows(self, tensor: torch.Tensor, row_ids: Iterable[int]) -> list[Region]:
+        row_bytes = tensor.nbytes // tensor.shape[0]
+        memory, start, stop = self._region(tensor.data_ptr(), tensor.nbytes, "what a kernel touches", is_device=True)
+        regions = [(memory, start + row_id * row_bytes, start + (row_id + 1) * row_bytes) for row_id in row_ids]
+        if not all(start <= first and last <= stop for _, first, last in regions):
+            self._fail(f"a kernel touches rows {list(row_ids)} of {memory.name}, which has {tensor.shape[0]}")
+        return regions
+
+    def _read(self, region: Region) -> bytes:
+        memory, start, stop = region
+        return ctypes.string_at(memory.base + start, stop - start)
+
+    def _write(self, region: Region, content: bytes) -> None:
+        memory, start, stop = region
+        assert memory.written is not None and len(content) == stop - start
+        ctypes.memmove(memory.base + start, content, stop - start)
+        memory.written[start:stop] = b"\1" * (stop - start)
+
+    def _fail(self, message: str) -> NoReturn:
+        raise self.violate(message)
+
+
+def _merge(clock: list[int], other: list[int]) -> None:
+    """Know what the other knows."""
+    for index, position in enumerate(other):
+        if position > clock[index]:
+            clock[index] = position
+
+
+def _clash(some: list[Region], others: list[Region]) -> str:
+    """A cell that is in both; empty where there is none."""
+    for memory, start, stop in some:
+        for other_memory, other_start, other_stop in others:
+            if memory is other_memory and start < other_stop and other_start < stop:
+                return memory.cell(max(start, other_start), min(stop, other_stop))
+    return ""

@@ -1,0 +1,136 @@
+"""The layer buffers: a row for every expert of a layer, shared by all layers of one shape.
+
+A wide forward runs from one of them in a single pass and leaves the slots as they are. Where there are two, the next
+layer's experts are copied into the other one meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from vllm_moecxl.data.devices.base import DeviceBackend, Event
+from vllm_moecxl.data.mover import Fetch, Mover
+from vllm_moecxl.data.slabs import Cells, Home
+from vllm_moecxl.runtime.counters import Counters, PrefetchOutcome
+from vllm_moecxl.types import Cause
+
+
+class LayerBuffer:
+    """One of them. Only the forward thread uses it.
+
+    Args:
+        cells: a row for every expert.
+    """
+
+    def __init__(self, cells: Cells, backend: DeviceBackend, mover: Mover, counters: Counters) -> None:
+        self.cells = cells
+        self._backend = backend
+        self._mover = mover
+        self._counters = counters
+        self._owner: Home | None = None
+        #: By expert, the fetch that brought, or brings, its slab here.
+        self._fetches: dict[int, Fetch] = {}
+        #: Experts that were fetched before anybody needed them, and were not needed yet.
+        self._ahead: set[int] = set()
+        #: Behind the last kernel that read the buffer.
+        self._read: Event | None = None
+
+    def belongs_to(self, home: Home) -> bool:
+        """Whether what is in here are this layer's slabs."""
+        return self._owner is home
+
+    def claim(self, home: Home) -> None:
+        """Make the buffer a layer's own; what another layer had in it, or had on the way, is given up."""
+        if self._owner is not home:
+            self.abandon()
+            self._owner = home
+
+    def bring(self, expert_ids: Sequence[int], cause: Cause, deadline: float) -> None:
+        """Begin to fetch slabs of the owner that are not here; those on their way become as urgent as this."""
+        assert self._owner is not None
+        for expert_id in expert_ids:
+            if (fetch := self._fetches.get(expert_id)) is not None:
+                self._mover.promote(fetch, cause, deadline)
+                continue
+            self._fetches[expert_id] = self._mover.start(
+                self._owner, expert_id, self.cells.rows(expert_id), cause, deadline, after=self._read
+            )
+            if cause is Cause.PREFETCH:
+                self._ahead.add(expert_id)
+
+    def take(self, cells: Cells, from_ids: list[int], expert_ids: list[int]) -> None:
+        """Copy slabs that are in the layer's slots, in order with the kernels of the calling thread."""
+        self.cells.take(cells, from_ids, expert_ids)
+
+    def wait(self, expert_ids: Collection[int]) -> None:
+        """Return when kernels that are launched from now on find these slabs.
+
+        Raises:
+            TransferError, IntegrityError: one of them cannot be had; the buffer is nobody's then.
+        """
+        if not expert_ids:
+            return
+        fetches = [self._fetches[expert_id] for expert_id in expert_ids]
+        expected = self._ahead.intersection(expert_ids)
+        useful_count = sum(self._fetches[expert_id].has_landed for expert_id in expected)
+        self._ahead -= expected
+        self._counters.add(
+            {
+                self._counters.prefetch[PrefetchOutcome.USEFUL]: useful_count,
+                self._counters.prefetch[PrefetchOutcome.LATE]: len(expected) - useful_count,
+            }
+        )
+        try:
+            with self._counters.stalling():
+                self._mover.wait(fetches)
+        except BaseException:
+            self.abandon()
+            raise
+
+    def was_read(self) -> None:
+        """A kernel that reads the buffer has been launched."""
+        if not self._backend.is_host:
+            self._read = self._backend.record(self._backend.compute_stream())
+
+    def abandon(self) -> None:
+        """Give up everything in here."""
+        self._owner = None
+        self._mover.cancel(list(self._fetches.values()))
+        self._counters.add({self._counters.prefetch[PrefetchOutcome.WASTED]: len(self._ahead)})
+        self._fetches.clear()
+        self._ahead.clear()
+
+
+class LayerBuffers:
+    """The one or two buffers of all layers of one shape; they take turns.
+
+    Args:
+        buffers: of equal shape.
+    """
+
+    def __init__(self, buffers: Sequence[LayerBuffer]) -> None:
+        assert 1 <= len(buffers) <= 2
+        self._buffers = list(buffers)
+
+    @property
+    def can_look_ahead(self) -> bool:
+        """Whether another layer's slabs may come in while a layer is computed."""
+        return len(self._buffers) > 1
+
+    @property
+    def any_cells(self) -> Cells:
+        """Cells for a forward whose result nobody looks at."""
+        return self._buffers[0].cells
+
+    def has(self, home: Home) -> bool:
+        """Whether one of them has, or is getting, this layer's slabs."""
+        return any(buffer.belongs_to(home) for buffer in self._buffers)
+
+    def of(self, home: Home) -> LayerBuffer:
+        """The buffer that has this layer's slabs, or the one that was used less recently; now this layer's."""
+        own = [buffer for buffer in self._buffers if buffer.belongs_to(home)]
+        buffer = (own or self._buffers)[0]
+        buffer.claim(home)
+        self._buffers.remove(buffer)
+        self._buffers.append(buffer)
+        return buffer
