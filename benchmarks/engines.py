@@ -101,10 +101,20 @@ def offload_stats_since(llm: Any, before: dict[str, float]) -> dict[str, float]:
 def offload_figures(growth: dict[str, float]) -> Result:
     """What a growth of the counters says: hits, bytes, waits and passes."""
     looked_up = growth["lookups_total"]
-    prefix = "passes_total."
+
+    def by_last_label(name: str) -> dict[str, int]:
+        totals: dict[str, int] = {}
+        for key, value in growth.items():
+            if key.startswith(f"{name}."):
+                label = key.rpartition(".")[2]
+                totals[label] = totals.get(label, 0) + round(value)
+        return totals
+
     return {
         "hit_rate": round(growth["lookups_total.hit"] / looked_up, 4) if looked_up else None,
         "fetch_bytes": round(growth["fetch_bytes_total"]),
+        "fetch_bytes_by_cause": by_last_label("fetch_bytes_total"),
+        "prefetches": by_last_label("prefetch_total"),
         "stall_s": round(growth["stall_seconds_total"], 3),
-        "passes": {key.removeprefix(prefix): round(value) for key, value in growth.items() if key.startswith(prefix)},
+        "passes": by_last_label("passes_total"),
     }

@@ -18,7 +18,7 @@ from tests.cxl_vm import guest_cxl
 from vllm_moecxl.control.striping import cut
 from vllm_moecxl.errors import CapacityError, ConfigError
 from vllm_moecxl.linux import syscalls
-from vllm_moecxl.linux.memory import Mapping, UnreadablePageError, place, read_safely, verify
+from vllm_moecxl.linux.memory import Mapping, UnreadablePageError, bring_back, place, read_safely, verify
 from vllm_moecxl.linux.topology import read_topology
 from vllm_moecxl.units import MIB, format_bytes
 
@@ -137,6 +137,35 @@ def weighted_interleave() -> str:
     return f"MPOL_WEIGHTED_INTERLEAVE 3:1 gives {' and '.join(map(format_bytes, sizes))}"
 
 
+def moved() -> str:
+    """Pages that go elsewhere after they were bound, as somebody with `migratepages` could have them go."""
+    node, other = _cxl_nodes()
+    mapping, data = _filled(_STRIPE_BYTES, node)
+    half = _STRIPE_BYTES // 2
+    guest_cxl.move_pages(mapping.address + half, half, other)
+    placement = verify(mapping, node)
+    assert not placement.is_achieved and half <= placement.astray_bytes < _STRIPE_BYTES
+    assert _pages_by_node(mapping) == {n: size // _PAGE_BYTES for n, size in placement.bytes_by_node.items()}
+    parts = [verify(mapping, node, start, half).astray_bytes for start in (0, half)]
+    assert sum(parts) == placement.astray_bytes and parts[1] == half
+    assert mapping.buffer[:] == data
+    return f"found by asking again: {placement.describe()}"
+
+
+def pinned() -> str:
+    """What registering memory with a device does to it: CXL memory is movable, and the kernel pins nothing there."""
+    node, _ = _cxl_nodes()
+    mapping, data = _filled(4 * MIB, node)
+    with guest_cxl.pinning(mapping.address, mapping.byte_count):
+        placement = verify(mapping, node)
+        assert placement.bytes_by_node == {0: 4 * MIB} and placement.astray_bytes == 4 * MIB
+        assert mapping.buffer[:] == data
+        assert not bring_back(mapping, node).is_achieved, "what is pinned stays where it is"
+    back = bring_back(mapping, node)
+    assert back.is_achieved and mapping.buffer[:] == data
+    return f"moved off movable memory, found by asking again, {placement.describe()}; back later, {back.describe()}"
+
+
 def _signal_of(call: Callable[[], object]) -> int:
     """The signal that ends a child of this process that makes the call; 0 for none."""
     child = os.fork()
@@ -204,7 +233,7 @@ def devdax() -> str:
 #: In this order: the last ones take something away for good.
 PROBES: dict[str, Callable[[], str]] = {
     probe.__name__: probe
-    for probe in (discovery, binding, refusals, striping, weighted_interleave, poison, offline, devdax)
+    for probe in (discovery, binding, refusals, striping, weighted_interleave, moved, pinned, poison, offline, devdax)
 }
 
 

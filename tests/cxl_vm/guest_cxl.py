@@ -1,10 +1,14 @@
-"""The guest's CXL memory through sysfs: regions up as nodes, memory offline, a region as devdax."""
+"""The guest's CXL memory: regions up as nodes, memory offline, a region as devdax, pages moved and pinned."""
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import time
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _CXL = Path("/sys/bus/cxl")
@@ -12,6 +16,12 @@ _DEVICES = _CXL / "devices"
 _DAX = Path("/sys/bus/dax")
 _NODES = Path("/sys/devices/system/node")
 _WAIT_S = 20
+
+#: System calls of x86-64, which is what the guest is.
+_MOVE_PAGES, _IO_URING_SETUP, _IO_URING_REGISTER = 279, 425, 427
+_MPOL_MF_MOVE = 2
+_IORING_REGISTER_BUFFERS, _IORING_UNREGISTER_BUFFERS = 0, 1
+_IO_URING_PARAMS_BYTES = 120
 
 
 def bring_up_regions() -> None:
@@ -77,6 +87,39 @@ def make_devdax(dax: str) -> Path:
     path = Path("/dev") / dax
     _wait_for(str(path), path.exists)
     return path
+
+
+def move_pages(address: int, byte_count: int, node: int) -> None:
+    """Move pages of this process to a node, against their policy."""
+    pages = array("Q", range(address, address + byte_count, mmap.PAGESIZE))
+    nodes, found = array("i", [node] * len(pages)), array("i", [0] * len(pages))
+    lists = (one.buffer_info()[0] for one in (pages, nodes, found))
+    _syscall(_MOVE_PAGES, 0, len(pages), *lists, _MPOL_MF_MOVE)
+
+
+@contextmanager
+def pinning(address: int, byte_count: int) -> Iterator[None]:
+    """Memory of this process, pinned for as long as a device might want it: as a registered buffer of io_uring."""
+    parameters = array("B", bytes(_IO_URING_PARAMS_BYTES))
+    ring = _syscall(_IO_URING_SETUP, 1, parameters.buffer_info()[0])
+    try:
+        buffer = array("Q", [address, byte_count])
+        _syscall(_IO_URING_REGISTER, ring, _IORING_REGISTER_BUFFERS, buffer.buffer_info()[0], 1)
+        yield
+        # Closing alone would let go of the pages some time later.
+        _syscall(_IO_URING_REGISTER, ring, _IORING_UNREGISTER_BUFFERS, 0, 0)
+    finally:
+        os.close(ring)
+
+
+def _syscall(number: int, *arguments: int) -> int:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.syscall.restype = ctypes.c_long
+    result = libc.syscall(*map(ctypes.c_long, (number, *arguments)))
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), f"system call {number}")
+    return int(result)
 
 
 def _wait_for(what: str, is_there: Callable[[], bool]) -> None:

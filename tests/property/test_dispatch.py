@@ -55,11 +55,12 @@ class Scenario:
     topk: int
     slot_count: int
     pass_kind: PassKind
-    buffer_count: int
+    has_buffer: bool
     forwards: list[Forward]
     is_host: bool = True
     in_place: InPlaceMode = "never"
     has_helper: bool = False
+    is_joined: bool = False
 
 
 @st.composite
@@ -82,11 +83,12 @@ def scenarios(draw: st.DrawFn) -> Scenario:
         topk,
         draw(st.integers(topk, expert_count)),
         pass_kind,
-        draw(st.integers(1 if pass_kind is PassKind.LAYER_BUFFER else 0, 2)),
+        pass_kind is PassKind.LAYER_BUFFER or draw(st.booleans()),
         draw(st.lists(forward, min_size=1, max_size=6)),
         is_host := draw(st.booleans()),
         draw(st.sampled_from(["never", "never", "auto"])) if is_host else "never",
         draw(st.booleans()),
+        is_host and draw(st.booleans()),
     )
 
 
@@ -160,7 +162,7 @@ def check_counters(served: Served, ids: torch.Tensor, run: Callable[[], torch.Te
 
 def check_forward(served: Served, scenario: Scenario, forward: Forward, seed: int) -> None:
     x, weights, ids = batch_of(forward, scenario, seed)
-    served.spoil_layer_buffers()
+    served.spoil_layer_buffer()
     served.slots.prefetch(forward.prefetch, deadline=1.0)
     output = check_counters(served, ids, lambda: served.dispatch(x, weights, ids))
     expected = served.toy.direct(x, weights, ids)
@@ -173,7 +175,7 @@ def check_forward(served: Served, scenario: Scenario, forward: Forward, seed: in
 def check_rehearsal(served: Served, scenario: Scenario, forward: Forward) -> None:
     """A forward that no request asked for: of the right shape, right where homes can be read, and without a trace."""
     x, weights, ids = batch_of(forward, scenario, seed=99)
-    served.spoil_layer_buffers()
+    served.spoil_layer_buffer()
     before = (served.counters.values.copy(), served.residency.resident_mask())
     with pytest.MonkeyPatch.context() as monkeypatch:
         break_fetches(monkeypatch, 0)  # a start that waited for the whole bank would be one fetch too many
@@ -232,7 +234,8 @@ def check_scenario(scenario: Scenario) -> None:
         toy,
         scenario.slot_count,
         scenario.pass_kind,
-        buffer_count=scenario.buffer_count,
+        has_buffer=scenario.has_buffer,
+        is_joined=scenario.is_joined,
         is_host=scenario.is_host,
         in_place=scenario.in_place,
         copies_are_slow=True,
@@ -266,8 +269,8 @@ def test_the_output_is_that_of_all_experts_whatever_the_slots_and_whatever_went_
 @pytest.mark.parametrize("slot_count", [2, 3, 5, 8])
 def test_each_kind_of_pass_serves_a_wide_forward(pass_kind: PassKind, slot_count: int) -> None:
     """The pass kinds are really taken: hypothesis alone would not tell if a scenario never reached one."""
-    served = Served(ToyMoe(8, seed=1), slot_count, pass_kind, buffer_count=int(pass_kind is PassKind.LAYER_BUFFER))
-    scenario = Scenario(8, 2, slot_count, pass_kind, int(pass_kind is PassKind.LAYER_BUFFER), [])
+    served = Served(ToyMoe(8, seed=1), slot_count, pass_kind, has_buffer=pass_kind is PassKind.LAYER_BUFFER)
+    scenario = Scenario(8, 2, slot_count, pass_kind, pass_kind is PassKind.LAYER_BUFFER, [])
     check_forward(served, scenario, Forward([[0, 1], [2, 3], [4, 5], [6, 7]]), seed=3)
     served.check()
     taken = [kind for kind, row in served.counters.passes.items() if served.counters.values[row]]
@@ -275,12 +278,17 @@ def test_each_kind_of_pass_serves_a_wide_forward(pass_kind: PassKind, slot_count
 
 
 def test_token_passes_give_way_to_the_layer_buffer_where_it_copies_less() -> None:
-    served = Served(ToyMoe(6, seed=1), 2, PassKind.TOKEN, buffer_count=1)
+    served = Served(ToyMoe(6, seed=1), 2, PassKind.TOKEN, has_buffer=True)
     all_pairs = [[a, b] for a in range(6) for b in range(a)]
-    check_forward(served, Scenario(6, 2, 2, PassKind.TOKEN, 1, []), Forward(all_pairs), seed=4)
+    check_forward(served, Scenario(6, 2, 2, PassKind.TOKEN, True, []), Forward(all_pairs), seed=4)
     values, passes = served.counters.values, served.counters.passes
     assert values[passes[PassKind.LAYER_BUFFER]] == 1 and values[passes[PassKind.TOKEN]] == 0
-    assert not served.residency.resident_mask().any(), "a wide forward leaves the slots of the decode alone"
+    before = served.residency.resident_mask()
+    assert before.sum() == 2, "slots that were never filled are, once"
+    others = [[a, b] for a in range(6) for b in range(a) if not before[[a, b]].any()]
+    check_forward(served, Scenario(6, 2, 2, PassKind.TOKEN, True, []), Forward(others), seed=5)
+    assert values[passes[PassKind.LAYER_BUFFER]] == 2
+    assert np.array_equal(before, served.residency.resident_mask()), "the slots of the decode are left alone"
 
 
 def test_an_empty_batch_gives_an_empty_output_and_counts_nothing() -> None:
@@ -293,7 +301,7 @@ def test_an_empty_batch_gives_an_empty_output_and_counts_nothing() -> None:
 
 def test_a_full_hit_fetches_nothing_and_calls_the_kernel_once() -> None:
     served = Served(ToyMoe(4, seed=1), 2, PassKind.TOKEN)
-    scenario = Scenario(4, 2, 2, PassKind.TOKEN, 0, [])
+    scenario = Scenario(4, 2, 2, PassKind.TOKEN, False, [])
     check_forward(served, scenario, Forward([[3, 1]]), seed=1)
     with pytest.MonkeyPatch.context() as monkeypatch:
         break_fetches(monkeypatch, 0)

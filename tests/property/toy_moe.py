@@ -15,10 +15,10 @@ from vllm_moecxl.control.residency import Residency
 from vllm_moecxl.data.devices.cpu import CpuBackend
 from vllm_moecxl.data.layout import SlabLayout
 from vllm_moecxl.data.mover import Mover
-from vllm_moecxl.data.slabs import Cells, Home
+from vllm_moecxl.data.slabs import Cells, Home, LayerCells
 from vllm_moecxl.runtime.counters import Counters
 from vllm_moecxl.runtime.dispatch import Dispatch, Tensors
-from vllm_moecxl.runtime.layer_buffer import LayerBuffer, LayerBuffers
+from vllm_moecxl.runtime.layer_buffer import LayerBuffer
 from vllm_moecxl.runtime.slots import SlotCache
 from vllm_moecxl.types import InPlaceMode, PassKind
 
@@ -89,7 +89,8 @@ class Served:
     """A toy layer behind a `Dispatch`, carried by whoever waits: no threads.
 
     Args:
-        buffer_count: layer buffers.
+        has_buffer: whether there is a layer buffer.
+        is_joined: whether the kernel reaches it behind the slots.
         copies_are_slow: whether it pays to compute anything at all while a slab is copied.
     """
 
@@ -99,7 +100,8 @@ class Served:
         slot_count: int,
         pass_kind: PassKind,
         *,
-        buffer_count: int = 0,
+        has_buffer: bool = False,
+        is_joined: bool = False,
         is_host: bool = True,
         home: Home | None = None,
         in_place: InPlaceMode = "never",
@@ -121,21 +123,17 @@ class Served:
         for name in banks:
             self.counters.values[self.counters.bank_up[name]] = 1
         self.mover = Mover(list(banks.values()), backend, self.counters, has_hands=has_hands)
-        self.slots = SlotCache(
-            self.residency, self.home, Cells(layout, slot_count, backend), backend, self.mover, self.counters
-        )
-        buffers = [
-            LayerBuffer(Cells(layout, expert_count, backend), backend, self.mover, self.counters)
-            for _ in range(buffer_count)
-        ]
-        self.buffers = buffers
+        rows = LayerCells(layout, expert_count, backend) if has_buffer else None
+        cells = Cells(layout, slot_count, backend, behind=rows if is_joined else None)
+        self.slots = SlotCache(self.residency, self.home, cells, backend, self.mover, self.counters)
+        self.buffer = rows and LayerBuffer(rows, backend, self.mover, self.counters)
         self.helper = SwitchedHelper()
         home_bytes_per_s = 1.0 if copies_are_slow else 1e9
         self.dispatch = Dispatch(
             "toy",
             0,
             self.slots,
-            LayerBuffers(buffers) if buffers else None,
+            self.buffer,
             LayerCosts(expert_count, self.slab_bytes, home_bytes_per_s, 2e9, in_place, is_addressable=is_host),
             LayerOrder(1),
             self.helper,
@@ -146,11 +144,11 @@ class Served:
             pass_kind,
         )
 
-    def spoil_layer_buffers(self) -> None:
-        """Leave in the layer buffers what another layer would: nothing of this one."""
-        for buffer in self.buffers:
-            buffer.abandon()
-            for tensor in buffer.cells.tensors:
+    def spoil_layer_buffer(self) -> None:
+        """Leave in the layer buffer what another layer would: nothing of this one."""
+        if self.buffer is not None:
+            self.buffer.abandon()
+            for tensor in self.buffer.cells.tensors:
                 tensor.view(torch.uint8).fill_(0xFF)  # NaNs, as floats
 
     def check(self) -> None:

@@ -1,7 +1,7 @@
-"""The runtime on the modelled accelerator: the real dispatch, slots, layer buffers, mover and scheduler, one thread.
+"""The runtime on the modelled accelerator: the real dispatch, slots, layer buffers, mover, ring and scheduler.
 
-What other threads do, the sidecar and the hands, is done by the same thread, in the places where they could: at each
-launch, between forwards, and inside the copies of the mover, which holds no lock there.
+Their threads are a `Crew`: the forward, the mover's hands, and a sidecar that feeds the mover, prefetches, and hears of
+requests that are gone.
 
 A kernel's result is never needed. Instead of activations tokens carry the experts that their routes ask for, and the
 kernel, when the device runs it, finds out whether the rows that it was given are theirs.
@@ -10,15 +10,14 @@ kernel, when the device runs it, finds out whether the rows that it was given ar
 from __future__ import annotations
 
 import functools
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 from unittest import mock
 
-import numpy as np
 import torch
 
+from tests.races.crew import Crew, Ended
 from tests.races.search import World
 from tests.support.homes import PROFILE
 from vllm_moecxl.control.cost import LayerCosts
@@ -26,17 +25,17 @@ from vllm_moecxl.control.eviction import LeastRecentlyUsed
 from vllm_moecxl.control.layer_order import LayerOrder
 from vllm_moecxl.control.placement import Part
 from vllm_moecxl.control.residency import Residency
-from vllm_moecxl.data import slabs
+from vllm_moecxl.data import mover, slabs, staging
 from vllm_moecxl.data.banks.base import RowCopy
 from vllm_moecxl.data.banks.memory import DramBank, MemoryRows
 from vllm_moecxl.data.devices.base import Event, Stream
 from vllm_moecxl.data.devices.modelled import ModelledBackend, ModelledEvent
-from vllm_moecxl.data.mover import Mover
-from vllm_moecxl.data.slabs import Cells, Home, HomeBuilder, Place
+from vllm_moecxl.data.slabs import Cells, Home, HomeBuilder, LayerCells, Place
 from vllm_moecxl.errors import TransferError
+from vllm_moecxl.runtime import slots
 from vllm_moecxl.runtime.counters import Counters
 from vllm_moecxl.runtime.dispatch import Dispatch, Tensors
-from vllm_moecxl.runtime.layer_buffer import LayerBuffer, LayerBuffers
+from vllm_moecxl.runtime.layer_buffer import LayerBuffer
 from vllm_moecxl.runtime.slots import SlotCache
 from vllm_moecxl.types import PassKind
 
@@ -46,8 +45,6 @@ _CHUNK_BYTES = 4
 _RING_CELL_COUNT = 2
 #: A cost of copying at which it pays to let tokens go first whose experts are there.
 _SLAB_BYTES_COSTED = 1 << 30
-#: Calls inside calls of what other threads do.
-_MEDDLING_DEPTH_MAX = 2
 _WANTERS = ("request a", "request b")
 
 
@@ -62,7 +59,8 @@ class Spec:
         buffer_count: layer buffers.
         token_count_max: of a forward.
         failure_rate: of reads and of kernels.
-        meddling_rate: of the places where other threads could do something, the share in which they do.
+        pause_rate: of the places where another thread could go on, the share in which one may; without any there is
+            one thread only.
     """
 
     expert_count: int = 5
@@ -77,7 +75,7 @@ class Spec:
     forward_count: int = 4
     token_count_max: int = 3
     failure_rate: float = 0.0
-    meddling_rate: float = 0.15
+    pause_rate: float = 0.15
 
 
 class ReadFailure(TransferError):
@@ -89,40 +87,42 @@ class KernelFailure(RuntimeError):
 
 
 class TinyBank(DramBank):
-    """A bank of small chunks; lets other threads in before and after each read."""
+    """A bank of small chunks, and the engine that it serves now."""
 
     chunk_bytes = _CHUNK_BYTES
+    engine: Engine
 
     def __init__(self, name: str) -> None:
         super().__init__(name, name, None, PROFILE)
-        self.before_read: Callable[[], None] = lambda: None
-        self.after_read: Callable[[], None] = lambda: None
 
     def read(self, copies: Sequence[RowCopy]) -> None:
-        self.before_read()
+        self.engine.crew.pause()
+        if self.engine.fails():
+            raise ReadFailure("the bank is told to fail")
         super().read(copies)
-        self.after_read()
+        self.engine.crew.pause()
 
 
-class MeddledBackend(ModelledBackend):
-    """Lets other threads in after each copy to the device and each event behind it."""
+class PausingBackend(ModelledBackend):
+    """Lets other threads go on around each call that queues or observes something."""
 
-    meddle: Callable[[], None]
+    crew: Crew
 
     def copy(self, source: torch.Tensor, target: torch.Tensor, stream: Stream) -> None:
         super().copy(source, target, stream)
-        self.meddle()
+        self.crew.pause()
 
     def record(self, stream: Stream) -> ModelledEvent:
-        event = super().record(stream)
-        if stream is not self.compute_stream():
-            self.meddle()
-        return event
+        self.crew.pause()
+        return super().record(stream)
 
     def wait(self, stream: Stream, event: Event) -> None:
         super().wait(stream, event)
-        if stream is not self.compute_stream():
-            self.meddle()
+        self.crew.pause()
+
+    def synchronize(self, event: Event) -> None:
+        self.crew.pause()
+        super().synchronize(event)
 
 
 def content(layer_id: int, expert_id: int) -> int:
@@ -178,7 +178,7 @@ class Helped:
 class Layer:
     """One layer of the engine, with its kernel."""
 
-    def __init__(self, engine: Engine, layer_id: int, home: Home, buffers: LayerBuffers | None) -> None:
+    def __init__(self, engine: Engine, layer_id: int, home: Home, buffer: LayerBuffer | None) -> None:
         spec, backend = engine.spec, engine.backend
         self.layer_id = layer_id
         self._engine = engine
@@ -192,7 +192,7 @@ class Layer:
             home.name,
             layer_id,
             self.slots,
-            buffers,
+            buffer,
             LayerCosts(spec.expert_count, _SLAB_BYTES_COSTED, 1e9, 1e10),
             engine.order,
             engine.helper,
@@ -211,7 +211,7 @@ class Layer:
         engine, backend = self._engine, self._engine.backend
         if engine.fails():
             raise KernelFailure
-        engine.meddle()
+        engine.tick()
         rows = ids.tolist()
         needed = {
             (row_id, int(expert_id))
@@ -233,7 +233,7 @@ class Layer:
 
         read = {row_id for row_ids in rows for row_id in row_ids}
         backend.launch(f"kernel of layer {self.layer_id}", [(tensor, read) for tensor in self._bound], check)
-        engine.meddle()
+        engine.tick()
         return x * topk_weights
 
     def check(self) -> None:
@@ -251,61 +251,58 @@ class Layer:
 class Engine:
     """Layers, their slots and buffers, and what feeds them."""
 
-    def __init__(self, world: World, spec: Spec) -> None:
+    def __init__(self, world: World, spec: Spec, crew: Crew) -> None:
         self.spec = spec
-        self.rng: random.Random = world.rng
+        self.crew = crew
+        self.rng = world.rng
         self._now_s = 0.0
-        self._depth = 0
         banks, homes = homes_of(spec)
-        self.backend = world.make_backend(MeddledBackend)
-        self.backend.meddle = self.meddle
+        self.backend = world.make_backend(PausingBackend)
+        self.backend.crew = crew
         self.counters = _counters(tuple(bank.name for bank in banks))
-        self.mover = Mover(banks, self.backend, self.counters, has_hands=False, clock=self._clock)
+        self.mover = mover.Mover(banks, self.backend, self.counters, has_hands=spec.pause_rate > 0, clock=self._clock)
         self.order = LayerOrder(spec.layer_count)
-        self.helper = Helped(spec.meddling_rate == 0 or self.rng.random() < 0.8)
+        self.helper = Helped(spec.pause_rate == 0 or self.rng.random() < 0.8)
         for bank, kind in zip(banks, spec.banks, strict=True):
-            bank.before_read, bank.after_read = self._before_read, self.meddle
+            bank.engine = self
             if kind == "registered":
                 self._register(bank, homes)
-        buffers = self._make_buffers(homes[0])
-        self.layers = [Layer(self, layer_id, home, buffers) for layer_id, home in enumerate(homes)]
+        buffers = self._make_buffers(homes[0]) or [None]
+        self.layers = [
+            Layer(self, layer_id, home, buffers[layer_id % len(buffers)]) for layer_id, home in enumerate(homes)
+        ]
         for index, layer in enumerate(self.layers):
             layer.dispatch.following = self.layers[(index + 1) % len(self.layers)].dispatch
+        self._is_sleeping = True
+        if spec.pause_rate:
+            crew.Thread(self._serve, name="sidecar").start()
 
     def fails(self) -> bool:
         """Whether what comes now is to fail."""
         return self.spec.failure_rate > 0 and self.rng.random() < self.spec.failure_rate
 
-    def meddle(self) -> None:
-        """What other threads could do now, perhaps: only what takes no lock that this thread has."""
-        rate = self.spec.meddling_rate
-        if not rate or self.rng.random() >= rate or self._depth >= _MEDDLING_DEPTH_MAX:
-            return
-        self._depth += 1
-        try:
-            self._meddle(self.rng.choice(self.layers))
-        finally:
-            self._depth -= 1
+    def tick(self) -> None:
+        """Time for the sidecar to do something, whenever it comes to."""
+        if self.spec.pause_rate:
+            self.crew.wake(self)
+            self.crew.pause()
 
-    def _meddle(self, layer: Layer) -> None:
-        kind = self.rng.randrange(6)
-        if kind <= 1:
-            self.mover.feed()
-        elif kind == 2:
-            self.mover.forget(self.rng.choice(_WANTERS))
-        elif layer.slots._lock.locked():
-            pass
-        elif kind == 3:
-            layer.slots.settle()
-        else:
-            experts = self.rng.sample(range(self.spec.expert_count), self.rng.randint(1, 2))
-            deadline = self.order.next_position(layer.layer_id)
-            layer.slots.prefetch(experts, deadline, [self.rng.choice(_WANTERS)])
-
-    def _before_read(self) -> None:
-        self.meddle()
-        if self.fails():
-            raise ReadFailure("the bank is told to fail")
+    def _serve(self) -> None:
+        """The life of the sidecar."""
+        while True:
+            self.crew.wait_for(self)
+            layer = self.rng.choice(self.layers)
+            match self.rng.randrange(6):
+                case 0 | 1:
+                    self.mover.feed()
+                case 2:
+                    self.mover.forget(self.rng.choice(_WANTERS))
+                case 3:
+                    layer.slots.settle()
+                case _:
+                    expert_ids = self.rng.sample(range(self.spec.expert_count), self.rng.randint(1, 2))
+                    deadline = self.order.next_position(layer.layer_id)
+                    layer.slots.prefetch(expert_ids, deadline, [self.rng.choice(_WANTERS)])
 
     def _clock(self) -> float:
         self._now_s += 1e-6
@@ -319,34 +316,44 @@ class Engine:
                         assert self.backend.register(rows.tensor)
         self.mover.mark_registered(bank.name)
 
-    def _make_buffers(self, home: Home) -> LayerBuffers | None:
-        buffers = []
+    def _make_buffers(self, home: Home) -> list[LayerBuffer | None]:
+        buffers: list[LayerBuffer | None] = []
         for index in range(self.spec.buffer_count):
-            cells = Cells(home.layout, self.spec.expert_count, self.backend)
+            cells = LayerCells(home.layout, self.spec.expert_count, self.backend)
             for tensor in cells.tensors:
                 self.backend.label(tensor, f"layer buffer {index}")
             buffers.append(LayerBuffer(cells, self.backend, self.mover, self.counters))
-        return LayerBuffers(buffers) if buffers else None
+        return buffers
 
 
 def run(spec: Spec, world: World) -> None:
     """Forwards through all layers, whatever happens meanwhile."""
-    engine = Engine(world, spec)
-    with mock.patch("vllm_moecxl.data.mover._STAGING_CELL_COUNT", _RING_CELL_COUNT):
-        for _ in range(spec.forward_count):
-            token_count = engine.rng.randint(0, spec.token_count_max)
+    crew = Crew(world.chooser, world.rng, spec.pause_rate)
+    mover._STAGING_CELL_COUNT = _RING_CELL_COUNT
+    try:
+        with crew.replacing(mover, slots, staging):
+            engine = Engine(world, spec, crew)
+            for _ in range(spec.forward_count):
+                token_count = engine.rng.randint(0, spec.token_count_max)
+                for layer in engine.layers:
+                    if not forward(layer, _routes(engine, token_count)):
+                        break
+                engine.tick()
+            engine.mover.close()
             for layer in engine.layers:
-                ids = np.array(
-                    [engine.rng.sample(range(spec.expert_count), spec.topk) for _ in range(token_count)], dtype=np.int32
-                ).reshape(token_count, spec.topk)
-                if not forward(layer, torch.from_numpy(ids)):
-                    break
-            engine.meddle()
-        for layer in engine.layers:
-            layer.slots.settle()
-        engine.backend.finish()
-        for layer in engine.layers:
-            layer.check()
+                layer.slots.settle()
+            engine.backend.finish()
+            for layer in engine.layers:
+                layer.check()
+    except Ended:
+        assert crew.error is not None
+        raise crew.error from None
+
+
+def _routes(engine: Engine, token_count: int) -> torch.Tensor:
+    spec = engine.spec
+    ids = [engine.rng.sample(range(spec.expert_count), spec.topk) for _ in range(token_count)]
+    return torch.tensor(ids, dtype=torch.int32).view(token_count, spec.topk)
 
 
 def forward(layer: Layer, ids: torch.Tensor) -> bool:

@@ -65,6 +65,7 @@ class World:
     """What a case runs in.
 
     Attributes:
+        chooser: of the order.
         rng: for the case's own choices.
         backend: the accelerator, once it has been made.
     """
@@ -72,12 +73,12 @@ class World:
     def __init__(self, chooser: Chooser, seed: int, *, checks_order: bool, trace: list[str] | None = None) -> None:
         self.rng = random.Random(seed)
         self.backend: ModelledBackend | None = None
-        self._chooser = chooser
+        self.chooser = chooser
         self._checks_order = checks_order
         self._trace = trace
 
     def make_backend(self, kind: type[Backend] = ModelledBackend, **options: Any) -> Backend:
-        backend = kind(self._chooser, checks_order=self._checks_order, trace=self._trace, **options)
+        backend = kind(self.chooser, checks_order=self._checks_order, trace=self._trace, **options)
         self.backend = backend
         return backend
 

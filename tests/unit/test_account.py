@@ -48,7 +48,8 @@ def test_the_account_adds_up() -> None:
         slot_counts=(4, 4),
         holdings=(Holding("dram", 160 * MIB, on_host=True),),
         slot_bytes=80 * MIB,
-        layer_buffer_bytes=80 * MIB,
+        layer_buffer_count=2,
+        layer_buffer_bytes=160 * MIB,
         largest_layer_bytes=80 * MIB,
         kv_cache_bytes=GIB,
     )
@@ -60,7 +61,7 @@ def test_the_account_in_words_names_every_quantity(kv: int | None, told: str) ->
     assert re.search(r"^experts +16 in 2 layers, 160.00 MiB$", text, re.M)
     assert re.search(r"^homes +bank dram: 160.00 MiB$", text, re.M)
     assert re.search(r"^slots +4 \(25% of the experts\), 40.00 MiB on the device$", text, re.M)
-    assert re.search(r"^layer buffer +80.00 MiB on the device$", text, re.M)
+    assert re.search(r"^layer buffers +2, 160.00 MiB on the device$", text, re.M)
     assert re.search(r"^loading +one layer at a time, 80.00 MiB on the device$", text, re.M)
     assert re.search(rf"^KV cache +{re.escape(told)}$", text, re.M)
 
@@ -101,6 +102,39 @@ def test_the_layer_buffer_is_there_where_it_is_asked_for_or_fits(
 ) -> None:
     account = plan(config(slots="25%", layer_buffer=wish), LAYERS, machine(device_mib))
     assert account.layer_buffer_bytes == expected_mib * MIB
+
+
+@pytest.mark.parametrize(
+    ("options", "layers", "device_mib", "expected"),
+    [
+        pytest.param({}, LAYERS, 200, 2, id="it fits"),
+        pytest.param({}, LAYERS, 199, 1, id="it does not fit"),
+        pytest.param({"layer_buffer": True}, LAYERS, 199, 1, id="one was asked for"),
+        pytest.param({"sidecar": False}, LAYERS, 1000, 1, id="nobody fills it meanwhile"),
+        pytest.param({}, LAYERS[:1], 1000, 1, id="no layer comes after"),
+        pytest.param({}, UNEVEN, 1000, 1, id="none of the same shape does"),
+        pytest.param({"layer_buffer": False}, LAYERS, 1000, 0, id="not even one"),
+    ],
+)
+def test_a_second_layer_buffer_is_there_where_the_next_layer_is_streamed_into_it_and_it_fits(
+    options: dict[str, Any], layers: list[LayerNeed], device_mib: int, expected: int
+) -> None:
+    account = plan(config(slots=2, **options), layers, machine(device_mib))
+    assert account.layer_buffer_count == expected
+    one_bytes = plan(config(slots=2, sidecar=False), layers, machine(10_000)).layer_buffer_bytes
+    assert account.layer_buffer_bytes == expected * one_bytes
+
+
+@pytest.mark.parametrize(
+    ("options", "device_mib", "expected"),
+    [({}, 800, (2, 640)), ({}, 799, (1, 710)), ({"sidecar": False}, 800, (1, 720))],
+)
+def test_auto_leaves_room_for_a_second_layer_buffer_where_it_takes_a_tenth_or_less(
+    options: dict[str, Any], device_mib: int, expected: tuple[int, int]
+) -> None:
+    layers = [LayerNeed(f"layers.{i}", expert_count=8, topk=2, slab_bytes=10 * MIB) for i in range(20)]
+    account = plan(config(**options), layers, machine(device_mib))
+    assert (account.layer_buffer_count, account.slot_bytes // MIB) == expected
 
 
 def test_no_layer_buffer_where_every_expert_has_a_slot() -> None:

@@ -109,6 +109,7 @@ def test_each_kind_of_bank_has_its_spec(raw: str, expected: BankSpec, name: str)
         ("verify", ["off", "load", "fetch"], "load"),
         ("placement_trace", [None, "traces/a.npz"], None),
         ("pack_to", [None, "/nvme/a.slabs"], None),
+        ("strict_placement", [True, False], False),
     ],
 )
 def test_an_option_takes_its_values(option: str, values: list[object], default: object) -> None:

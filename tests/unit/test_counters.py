@@ -2,10 +2,24 @@
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
-from vllm_moecxl.runtime.counters import BANK_BYTES_KINDS, Counters, Metric, Row, by_label, read_rows, sum_rows
-from vllm_moecxl.types import Lookup, PassKind, SlotState
+import pytest
+
+from vllm_moecxl.runtime.counters import (
+    BANK_BYTES_KINDS,
+    Counters,
+    Metric,
+    PrefetchOutcome,
+    Row,
+    by_label,
+    read_rows,
+    sum_rows,
+)
+from vllm_moecxl.types import Cause, Lookup, PassKind, SlotState
+
+CAUSES = ("demand", "prefetch", "migration")
 
 _READ_IN_ANOTHER_PROCESS = """
 import sys
@@ -30,8 +44,11 @@ def test_there_is_a_row_for_every_outcome_bank_pass_and_state() -> None:
     assert len(labels) == len(rows)
     assert labels == {
         *((Metric.LOOKUPS, outcome.value) for outcome in Lookup),
-        *((Metric.FETCH_BYTES, bank, "demand") for bank in ("dram", "cxl")),
-        (Metric.STALL_SECONDS,),
+        *((Metric.FETCH_BYTES, bank, cause) for bank in ("dram", "cxl") for cause in CAUSES),
+        *((metric, cause) for metric in (Metric.FETCHES, Metric.FETCH_SECONDS) for cause in CAUSES),
+        *((Metric.LINK_BUSY_SECONDS, bank) for bank in ("dram", "cxl")),
+        *((Metric.PREFETCH, outcome.value) for outcome in PrefetchOutcome),
+        *((metric,) for metric in (Metric.STALL_SECONDS, Metric.SIDECAR_UP, Metric.SIDECAR_CPU_SECONDS)),
         *((Metric.PASSES, kind.value) for kind in PassKind),
         *((Metric.SLOTS, state.name.lower()) for state in SlotState),
         *((metric, bank) for metric in (Metric.BANK_UP, Metric.BANK_BANDWIDTH) for bank in ("dram", "cxl")),
@@ -45,7 +62,17 @@ def test_the_indices_name_the_rows_that_they_say() -> None:
     by_index = dict(enumerate(counters.rows()))
     assert by_index[counters.hit].labels == {"outcome": "hit"}
     assert by_index[counters.lookup[Lookup.MISS]].labels == {"outcome": "miss"}
-    assert by_index[counters.fetch_bytes["dram"]].metric is Metric.FETCH_BYTES
+    for cause, name in zip(Cause, CAUSES, strict=True):
+        assert by_index[counters.fetch_bytes["dram", cause]][:2] == (
+            Metric.FETCH_BYTES,
+            {"bank": "dram", "cause": name},
+        )
+        assert by_index[counters.fetches[cause]][:2] == (Metric.FETCHES, {"cause": name})
+        assert by_index[counters.fetch_ns[cause]][:2] == (Metric.FETCH_SECONDS, {"cause": name})
+    assert by_index[counters.link_busy_ns["dram"]][:2] == (Metric.LINK_BUSY_SECONDS, {"bank": "dram"})
+    assert by_index[counters.prefetch[PrefetchOutcome.LATE]][:2] == (Metric.PREFETCH, {"outcome": "late"})
+    assert by_index[counters.sidecar_up].metric is Metric.SIDECAR_UP
+    assert by_index[counters.sidecar_cpu_ns].metric is Metric.SIDECAR_CPU_SECONDS
     assert by_index[counters.single_pass].labels == {"kind": "single"}
     assert by_index[counters.slots[SlotState.FILLING]].labels == {"state": "filling"}
     assert by_index[counters.bank_up["dram"]].metric is Metric.BANK_UP
@@ -57,6 +84,58 @@ def test_stalls_are_counted_in_nanoseconds_and_shown_in_seconds() -> None:
     counters = Counters(["dram"])
     counters.values[counters.stall_ns] = 1_500_000_000
     assert [row.value for row in counters.rows() if row.metric is Metric.STALL_SECONDS] == [1.5]
+
+
+def test_what_moves_on_the_links_is_counted_by_bank_and_cause_in_bytes_slabs_and_seconds() -> None:
+    counters = Counters(["dram", "cxl"])
+    counters.values[counters.bank_up["cxl"]] = counters.values[counters.bank_up["dram"]] = 1
+    counters.moved("cxl", 5, Cause.DEMAND)
+    counters.moved("cxl", 7, Cause.PREFETCH)
+    counters.moved("dram", 11, Cause.DEMAND)
+    counters.landed(Cause.PREFETCH, 0.25)
+    counters.landed(Cause.PREFETCH, 0.5)
+    counters.was_busy("cxl", 1.5)
+    counters.was_busy("cxl", 2.0)
+    counters.failed("cxl")
+    found = {(row.metric, *row.labels.values()): row.value for row in counters.rows() if row.value}
+    assert found == {
+        (Metric.FETCH_BYTES, "cxl", "demand"): 5,
+        (Metric.FETCH_BYTES, "cxl", "prefetch"): 7,
+        (Metric.FETCH_BYTES, "dram", "demand"): 11,
+        (Metric.FETCHES, "prefetch"): 2,
+        (Metric.FETCH_SECONDS, "prefetch"): 0.75,
+        (Metric.LINK_BUSY_SECONDS, "cxl"): 3.5,
+        (Metric.BANK_UP, "dram"): 1,
+    }
+
+
+def test_what_several_threads_count_is_all_counted() -> None:
+    counters = Counters(["dram"])
+    start = threading.Barrier(4)
+
+    def count() -> None:
+        start.wait(20)
+        for _ in range(2000):
+            counters.moved("dram", 1, Cause.DEMAND)
+
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # so that a thread is interrupted between reading and writing a value
+    try:
+        threads = [threading.Thread(target=count) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval_s)
+    assert counters.values[counters.fetch_bytes["dram", Cause.DEMAND]] == 8000
+
+
+def test_a_wait_is_counted_also_where_it_ends_in_an_error() -> None:
+    counters = Counters(["dram"])
+    with pytest.raises(KeyError), counters.stalling():
+        raise KeyError
+    assert counters.values[counters.stall_ns] > 0
 
 
 def test_a_file_gives_back_the_rows_that_were_written(tmp_path: Path) -> None:
@@ -85,7 +164,7 @@ def test_another_process_sees_a_live_writer(tmp_path: Path) -> None:
     ) as reader:
         assert reader.stdin and reader.stdout
         for fetched in (0, 7, 1 << 40):
-            counters.values[counters.fetch_bytes["dram"]] = fetched
+            counters.values[counters.fetch_bytes["dram", Cause.DEMAND]] = fetched
             reader.stdin.write("\n")
             reader.stdin.flush()
             assert reader.stdout.readline() == f"{float(fetched)}\n"
@@ -97,8 +176,8 @@ def test_workers_are_added_up_by_metric_and_labels(tmp_path: Path) -> None:
     one, two = filled(tmp_path / "0"), filled(tmp_path / "1", ("dram", "cxl"))
     total = sum_rows(read_rows(tmp_path / name) for name in ("0", "1"))
     assert by_label(total, Metric.FETCH_BYTES, "bank") == {
-        "dram": one.values[one.fetch_bytes["dram"]] + two.values[two.fetch_bytes["dram"]],
-        "cxl": two.values[two.fetch_bytes["cxl"]],
+        "dram": sum(of.values[of.fetch_bytes["dram", cause]] for of in (one, two) for cause in Cause),
+        "cxl": sum(two.values[two.fetch_bytes["cxl", cause]] for cause in Cause),
     }
     assert by_label(total, Metric.LOOKUPS, "outcome")["hit"] == one.values[one.hit] + two.values[two.hit]
     assert len(total) == len(two.rows())
@@ -109,10 +188,12 @@ def test_a_bank_is_up_where_it_is_up_for_every_worker_and_as_fast_as_the_fastest
     workers = [Counters(["dram"]), Counters(["dram"])]
     for counters, is_up, bandwidth in zip(workers, (1, 0), (5, 7), strict=True):
         counters.values[counters.bank_up["dram"]] = is_up
+        counters.values[counters.sidecar_up] = is_up
         counters.values[counters.bank_bandwidth["dram"]] = bandwidth
         counters.values[counters.bank_bytes["dram", "used"]] = 3
     total = sum_rows(counters.rows() for counters in workers)
     assert by_label(total, Metric.BANK_UP, "bank") == {"dram": 0.0}
+    assert [row.value for row in total if row.metric is Metric.SIDECAR_UP] == [0.0]
     assert by_label(total, Metric.BANK_BANDWIDTH, "bank") == {"dram": 7.0}
     assert by_label(total, Metric.BANK_BYTES, "kind") == {"capacity": 0.0, "used": 6.0, "astray": 0.0}
 

@@ -42,8 +42,8 @@ class SmallBackend(CpuBackend):
 def start(
     *expert_counts: int, free_bytes: int = 1 << 40, banks: Sequence[Bank] | None = None, **options: Any
 ) -> OffloadRuntime:
-    """A runtime with a declared layer for each count, and its plan."""
-    config = OffloadConfig.parse({"mode": "cxl", "slots": "50%", **options})
+    """A runtime with a declared layer for each count, and its plan; slots are used, unless a test says otherwise."""
+    config = OffloadConfig.parse({"mode": "cxl", "slots": "50%", "in_place": "never", **options})
     runtime = OffloadRuntime(
         config,
         SmallBackend(free_bytes),
@@ -161,7 +161,8 @@ def test_layers_of_one_layout_share_a_buffer_that_has_a_row_for_every_expert_of_
         toy = ToyMoe(expert_count, index)
         dispatches.append(runtime.install(loaded(toy, index, kind=PassKind.LAYER_BUFFER)))
         assert torch.equal(dispatches[-1](*wide_batch(expert_count)), toy.direct(*wide_batch(expert_count)))
-    assert dispatches[1].layer_buffer is dispatches[2].layer_buffer is not None
+    assert dispatches[1].buffers is dispatches[2].buffers is not None
+    assert dispatches[0].buffers not in (None, dispatches[1].buffers)
 
 
 def test_the_gauge_of_slots_covers_all_layers() -> None:
@@ -274,7 +275,7 @@ def test_a_bank_that_fails_is_down_in_the_metrics_and_the_forward_fails(tmp_path
     with pytest.raises(TransferError if broken == "TransferError" else IntegrityError):
         dispatch(*batch)
     assert runtime.counters.values[up] == 0
-    assert not dispatch.residency.resident_mask().any(), "no half slab stays"
+    assert not dispatch.slots.residency.resident_mask().any(), "no half slab stays"
 
 
 def test_verify_fetch_looks_at_every_slab_of_every_bank() -> None:

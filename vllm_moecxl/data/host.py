@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from vllm_moecxl.linux.memory import Mapping
+from vllm_moecxl.linux.memory import Mapping, SharedPages
 from vllm_moecxl.units import KIB
 
 _MADV_DONTNEED = 4
@@ -63,6 +63,20 @@ def as_tensor(mapping: Mapping, shape: Sequence[int], dtype: torch.dtype, offset
 def anonymous_tensor(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """A host tensor in a mapping of its own: exact size, zeros, and no memory taken until it is touched."""
     return as_tensor(Mapping.anonymous(math.prod(shape) * dtype.itemsize), shape, dtype)
+
+
+def tensor_before(row_count: int, tail_shape: Sequence[int], dtype: torch.dtype, tail: SharedPages) -> torch.Tensor:
+    """A [rows + tail rows, ...] host tensor whose last rows are the same memory in all tensors made for one tail.
+
+    Args:
+        row_count: rows of its own.
+        tail_shape: [tail rows, ...] of the shared rows, from the start of `tail` on.
+    """
+    own_bytes = row_count * math.prod(tail_shape[1:]) * dtype.itemsize
+    # The shared part starts on a page, so the own part has to end with one.
+    offset = -own_bytes % mmap.PAGESIZE
+    mapping = Mapping.before(offset + own_bytes, tail)
+    return as_tensor(mapping, (row_count + tail_shape[0], *tail_shape[1:]), dtype, offset)
 
 
 def trim_heap() -> None:

@@ -395,7 +395,8 @@ class Mover:
         if fetch.after is not None:
             self._backend.wait(self._backend.copy_stream(link_id), fetch.after)
         for row, target in zip(slab, fetch.target, strict=True):
-            for part, to in zip(row.split(self._cell_bytes), target.split(self._cell_bytes), strict=True):
+            for start in range(0, row.nbytes, self._cell_bytes):
+                part, to = row[start : start + self._cell_bytes], target[start : start + self._cell_bytes]
 
                 def fill(cells: Sequence[torch.Tensor], part: torch.Tensor = part) -> None:
                     memory.copy(part.data_ptr(), cells[0].data_ptr(), part.nbytes)

@@ -388,24 +388,52 @@ def _allocate(banks: Sequence[Bank], layout: SlabLayout, route: Route, count: in
 
 
 class Cells:
-    """Device memory for a number of slabs: the slots of a layer, or the layer buffer.
+    """Device memory for a number of slabs: the slots of a layer, or a layer buffer.
+
+    Args:
+        behind: a layer buffer that kernels shall reach through the tensors of these cells, where the device allows it.
 
     Attributes:
-        tensors: per extent [cells, ...] tensors on the compute device.
+        tensors: per extent [cells, ...] tensors on the compute device; the rows of `behind` follow where they can be
+            reached.
+        behind_row: row of `tensors` at which those begin; None where they do not follow.
     """
 
-    def __init__(self, layout: SlabLayout, cell_count: int, backend: DeviceBackend) -> None:
+    def __init__(
+        self, layout: SlabLayout, cell_count: int, backend: DeviceBackend, *, behind: LayerCells | None = None
+    ) -> None:
         self.cell_count = cell_count
-        self.tensors = tuple(
-            backend.allocate((cell_count, *extent.row_shape), extent.dtype) for extent in layout.extents
-        )
-        self._as_bytes = tuple(map(as_bytes, self.tensors))
         self._backend = backend
+        joined = None if behind is None else behind.joined_to(cell_count)
+        self.behind_row = None if joined is None else cell_count
+        self.tensors = joined or self._allocate(layout)
+        self._as_bytes = tuple(map(as_bytes, self.tensors))
+
+    def _allocate(self, layout: SlabLayout) -> tuple[torch.Tensor, ...]:
+        return tuple(
+            self._backend.allocate((self.cell_count, *extent.row_shape), extent.dtype) for extent in layout.extents
+        )
 
     def rows(self, cell_id: int) -> list[torch.Tensor]:
         """One cell, per extent as a [row bytes] uint8 tensor."""
+        assert cell_id < self.cell_count
         return [rows[cell_id] for rows in self._as_bytes]
 
     def take(self, cells: Cells, from_ids: list[int], cell_ids: list[int]) -> None:
         """Copy slabs from other cells of the same layout, in order with the kernels of the calling thread."""
         self._backend.copy_rows(cells.tensors, from_ids, self.tensors, cell_ids)
+
+
+class LayerCells(Cells):
+    """The cells of a layer buffer, which several layers' slots may be joined to."""
+
+    def _allocate(self, layout: SlabLayout) -> tuple[torch.Tensor, ...]:
+        return tuple(
+            self._backend.allocate_tail((self.cell_count, *extent.row_shape), extent.dtype) for extent in layout.extents
+        )
+
+    def joined_to(self, cell_count: int) -> tuple[torch.Tensor, ...] | None:
+        """Per extent a [cells + rows of this buffer, ...] tensor that ends with this buffer's memory."""
+        joined = [self._backend.allocate_before(cell_count, tensor) for tensor in self.tensors]
+        found = tuple(tensor for tensor in joined if tensor is not None)
+        return found if len(found) == len(joined) else None

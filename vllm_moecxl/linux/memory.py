@@ -9,6 +9,7 @@ import os
 import re
 import stat
 import time
+import weakref
 from array import array
 from collections import Counter
 from contextlib import suppress
@@ -91,6 +92,24 @@ class Mapping:
         return cls(buffer, _address_of(buffer), is_dax=False)
 
     @classmethod
+    def before(cls, byte_count: int, pages: SharedPages) -> Mapping:
+        """Anonymous memory as `anonymous` gives it, and right behind it shared pages.
+
+        Args:
+            byte_count: of the anonymous part, in whole pages.
+
+        Raises:
+            CapacityError: see `anonymous`.
+        """
+        assert byte_count % mmap.PAGESIZE == 0
+        mapping = cls.anonymous(byte_count + pages.byte_count)
+        # What is mapped there goes with the rest of the range.
+        syscalls.map_over(mapping.address + byte_count, pages.byte_count, pages.file)
+        with suppress(OSError):  # a kernel without huge pages for shared memory
+            mapping.buffer.madvise(mmap.MADV_HUGEPAGE)
+        return mapping
+
+    @classmethod
     def dax(
         cls, path: Path, byte_count: int, offset: int = 0, *, sysfs: Path = Path("/sys"), is_file_allowed: bool = False
     ) -> Mapping:
@@ -132,6 +151,29 @@ class Mapping:
         finally:
             os.close(file)
         return cls(buffer, _address_of(buffer), is_dax=True)
+
+
+class SharedPages:
+    """Memory without a place of its own, that may be mapped at several addresses. Zeros, taken when touched.
+
+    Args:
+        byte_count: rounded up to pages.
+
+    Attributes:
+        file: what it is mapped from.
+    """
+
+    def __init__(self, byte_count: int) -> None:
+        assert byte_count > 0
+        self.byte_count = -(-byte_count // mmap.PAGESIZE) * mmap.PAGESIZE
+        self.file = os.memfd_create("moecxl", os.MFD_CLOEXEC)
+        weakref.finalize(self, os.close, self.file)
+        os.truncate(self.file, self.byte_count)
+
+    def map(self) -> Mapping:
+        """The pages at an address of their own."""
+        buffer = mmap.mmap(self.file, self.byte_count)
+        return Mapping(buffer, _address_of(buffer), is_dax=False)
 
 
 def _address_of(buffer: mmap.mmap) -> int:
@@ -265,6 +307,16 @@ def verify(mapping: Mapping, node: int, start: int = 0, byte_count: int | None =
         bytes_by_node={n: count * mmap.PAGESIZE for n, count in page_counts.items() if n >= 0},
         unknown_bytes=sum(count for n, count in page_counts.items() if n < 0) * mmap.PAGESIZE,
     )
+
+
+def bring_back(mapping: Mapping, node: int) -> Placement:
+    """Move the pages of a mapping to the node again, where nobody pins them and it has room.
+
+    Raises:
+        OSError: this process may not place memory.
+    """
+    syscalls.mbind(mapping.address, mapping.byte_count, syscalls.MPOL_BIND, [node], syscalls.MPOL_MF_MOVE)
+    return verify(mapping, node)
 
 
 def _require_room(byte_count: int, node: int, sysfs: Path, reserve_bytes: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 import platform
 from array import array
@@ -12,6 +13,7 @@ from collections.abc import Iterable
 MPOL_DEFAULT = 0
 MPOL_BIND = 2
 MPOL_WEIGHTED_INTERLEAVE = 6  # Linux 6.9
+MPOL_MF_MOVE = 2
 
 MADV_DONTNEED = 4
 MADV_POPULATE_WRITE = 23  # Linux 5.14
@@ -51,6 +53,15 @@ _libc.process_vm_readv.argtypes = (
 _libc.process_vm_readv.restype = ctypes.c_ssize_t
 
 
+_libc.mmap.argtypes = (
+    *(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int),
+    *(ctypes.c_int, ctypes.c_int, ctypes.c_long),
+)
+_libc.mmap.restype = ctypes.c_void_p
+_MAP_FAILED = ctypes.c_void_p(-1).value
+_MAP_FIXED = 0x10
+
+
 def _checked(result: int, call: str) -> int:
     if result < 0:
         code = ctypes.get_errno()
@@ -63,15 +74,22 @@ def _syscall(call: str, *arguments: int) -> None:
     _checked(_libc.syscall(*map(ctypes.c_long, (_NUMBERS.get(call, -1), *arguments))), call)
 
 
-def mbind(address: int, byte_count: int, mode: int, nodes: Iterable[int]) -> None:
-    """Set the policy of whole pages that are not touched yet; pages that are there stay where they are."""
+def mbind(address: int, byte_count: int, mode: int, nodes: Iterable[int], flags: int = 0) -> None:
+    """Set the policy of whole pages; those that are there already stay where they are, or go with `MPOL_MF_MOVE`."""
     mask = _NodeMask()
     for node in nodes:
         if not 0 <= node < _NODE_COUNT_MAX:
             raise OSError(errno.EINVAL, f"mbind: there is no node {node}")
         mask[node // _WORD_BITS] |= 1 << node % _WORD_BITS
     # The kernel takes one bit less than it is told.
-    _syscall("mbind", address, byte_count, mode, ctypes.addressof(mask), _NODE_COUNT_MAX + 1, 0)
+    _syscall("mbind", address, byte_count, mode, ctypes.addressof(mask), _NODE_COUNT_MAX + 1, flags)
+
+
+def map_over(address: int, byte_count: int, file: int) -> None:
+    """Put a file's first bytes, shared and writable, in the place of whole pages that this process has mapped."""
+    flags = mmap.MAP_SHARED | _MAP_FIXED
+    if _libc.mmap(address, byte_count, mmap.PROT_READ | mmap.PROT_WRITE, flags, file, 0) == _MAP_FAILED:
+        _checked(-1, "mmap")
 
 
 def policy_of(address: int) -> tuple[int, tuple[int, ...]]:

@@ -19,7 +19,7 @@ from vllm_moecxl.control.residency import Lease
 from vllm_moecxl.data.devices.base import DeviceBackend
 from vllm_moecxl.data.slabs import Home
 from vllm_moecxl.runtime.counters import Counters
-from vllm_moecxl.runtime.layer_buffer import LayerBuffers
+from vllm_moecxl.runtime.layer_buffer import LayerBuffer
 from vllm_moecxl.runtime.slots import SlotCache
 from vllm_moecxl.types import Cause, Lookup, PassKind
 
@@ -52,7 +52,7 @@ class Dispatch:
         name: the layer's name, for messages.
         layer_id: its place among the MoE layers.
         slots: bound to the kernel except while other rows are.
-        buffers: shared rows, one per expert; None where there are none.
+        buffer: shared rows, one per expert; None where there are none.
         costs: what each way to run a forward costs.
         order: where the forward is.
         helper: copies beside the forward.
@@ -68,7 +68,7 @@ class Dispatch:
         name: str,
         layer_id: int,
         slots: SlotCache,
-        buffers: LayerBuffers | None,
+        buffer: LayerBuffer | None,
         costs: LayerCosts,
         order: LayerOrder,
         helper: Helper,
@@ -78,11 +78,11 @@ class Dispatch:
         bind: Bind,
         pass_kind: PassKind,
     ) -> None:
-        assert costs.is_always_in_place or pass_kind is not PassKind.LAYER_BUFFER or buffers is not None
+        assert costs.is_always_in_place or pass_kind is not PassKind.LAYER_BUFFER or buffer is not None
         self.name = name
         self.layer_id = layer_id
         self.slots = slots
-        self.buffers = buffers
+        self.buffer = buffer
         self.pass_kind = pass_kind
         self.following: Dispatch | None = None
         self._costs = costs
@@ -146,8 +146,8 @@ class Dispatch:
         self.slots.residency.require_known(np.unique(host_ids.numpy().view(np.uint32)))
         if self._backend.is_host and self.home.tensors is not None:
             return self._run_rows(self.home.tensors, x, topk_weights, host_ids)
-        if self.buffers is not None:
-            return self._run_rows(self.buffers.any_cells.tensors, x, topk_weights, host_ids)
+        if self.buffer is not None:
+            return self._run_rows(self.buffer.cells.tensors, x, topk_weights, host_ids)
         return self._kernel(x, topk_weights, self._backend.to_device(host_ids % self.slots.cells.cell_count))
 
     def preload(self, expert_ids: Sequence[int]) -> None:
@@ -199,20 +199,24 @@ class Dispatch:
                 whole: Sequence[Pass] = [Pass(distinct, None)]
                 passes = self._split_first(whole, host_ids, resident)
                 return (PassKind.SINGLE if passes is whole else PassKind.TOKEN), passes
-            # The layer buffer copies every expert once: passes that would copy more are not worth their churn.
-            limit = int(distinct.size) if self.buffers is not None else host_ids.numel()
-            found = None if self._is_brought() else token_passes(host_ids.numpy(), resident, slot_count, limit)
-            if found is not None:
-                return PassKind.TOKEN, self._split_first(found, host_ids, resident)
+            if not self._prefers_buffer():
+                # The layer buffer copies every expert once: passes that would copy more are not worth their churn.
+                limit = int(distinct.size) if self.buffer is not None else host_ids.numel()
+                found = token_passes(host_ids.numpy(), resident, slot_count, limit)
+                if found is not None:
+                    return PassKind.TOKEN, self._split_first(found, host_ids, resident)
         elif distinct.size <= slot_count:
             return PassKind.SINGLE, [Pass(distinct, None)]
         elif self.pass_kind is PassKind.EXPERT:
             return PassKind.EXPERT, expert_passes(distinct, resident, slot_count)
         return PassKind.LAYER_BUFFER, []
 
-    def _is_brought(self) -> bool:
-        """Whether the layer before has this one's experts brought to a layer buffer."""
-        return self.buffers is not None and self.buffers.has(self.home)
+    def _prefers_buffer(self) -> bool:
+        """Whether the layer buffer is the cheapest way for a wide forward, however few fetches passes would need."""
+        if self.buffer is None:
+            return False
+        # In one tensor with the slots it costs no copy of what they hold; and what was brought ahead is there already.
+        return self.slots.cells.behind_row is not None or self.buffer.belongs_to(self.home)
 
     def _split_first(
         self, passes: Sequence[Pass], host_ids: torch.Tensor, resident: npt.NDArray[np.bool_]
@@ -291,28 +295,47 @@ class Dispatch:
         distinct: npt.NDArray[np.int64],
         position: float,
     ) -> torch.Tensor:
-        """One exact pass from a row per expert; leaves the slots as they are."""
-        assert self.buffers is not None
-        buffer = self.buffers.of(self.home)
+        """One exact pass from a row per expert; leaves the slots as they are, but for those that were never filled."""
+        assert self.buffer is not None
+        buffer = self.buffer
+        buffer.claim(self.home)
+        self._fill_free_slots(host_ids, distinct, position)
         lease, cached = self.slots.lease_resident(distinct)
         try:
             absent = np.setdiff1d(distinct, cached).tolist()
             buffer.bring(absent, Cause.DEMAND, position)
             self._bring_following(int(distinct.size))
+            self._counters.values[self._counters.passes[PassKind.LAYER_BUFFER]] += 1
+            behind_row = self.slots.cells.behind_row
+            if behind_row is not None:
+                buffer.wait(absent)
+                rows = np.arange(behind_row, behind_row + self.slots.residency.expert_count, dtype=np.int32)
+                if lease is not None:
+                    rows[cached] = lease.slot_ids
+                return self._kernel(x, topk_weights, self._backend.to_device(torch.from_numpy(rows)[host_ids]))
             if lease is not None:
                 buffer.take(self.slots.cells, lease.slot_ids.tolist(), cached.tolist())
             buffer.wait(absent)
-            self._counters.values[self._counters.passes[PassKind.LAYER_BUFFER]] += 1
             return self._run_rows(buffer.cells.tensors, x, topk_weights, host_ids)
         finally:
             buffer.was_read()
             if lease is not None:
                 self.slots.end(lease)
 
+    def _fill_free_slots(self, host_ids: torch.Tensor, distinct: npt.NDArray[np.int64], position: float) -> None:
+        """Put the experts of a wide forward that most routes go to into slots that were never filled."""
+        if not (free_count := self.slots.free_count()):
+            return
+        missing = distinct[~self.slots.residency.resident_mask()[distinct]]
+        route_counts = np.bincount(host_ids.numpy().ravel(), minlength=self.slots.residency.expert_count)
+        wanted = missing[np.argsort(-route_counts[missing], kind="stable")][:free_count]
+        with self.slots.hold_resident(wanted, self._keep([Pass(distinct, None)], 0), position):
+            pass
+
     def _bring_following(self, distinct_count: int) -> None:
         """Have the next layer's experts copied into the other buffer, if it will very likely need them all."""
         following = self.following
-        if following is None or not self._helper.is_up or following.buffers is not self.buffers:
+        if following is None or not self._helper.is_up or following.buffer in (None, self.buffer):
             return
         if distinct_count >= _AHEAD_SHARE_MIN * self.slots.residency.expert_count:
             following.bring_ahead(distinct_count)
@@ -323,11 +346,11 @@ class Dispatch:
         Args:
             distinct_count: experts that the layer before needs in this forward.
         """
-        assert self.buffers is not None
-        if not self.buffers.can_look_ahead or distinct_count <= self.slots.cells.cell_count:
-            return
-        absent = self.slots.absent()
-        self.buffers.of(self.home).bring(absent, Cause.PREFETCH, self._order.next_position(self.layer_id))
+        assert self.buffer is not None
+        if distinct_count > self.slots.cells.cell_count:
+            absent = self.slots.absent()
+            self.buffer.claim(self.home)
+            self.buffer.bring(absent, Cause.PREFETCH, self._order.next_position(self.layer_id))
 
     def _run_rows(
         self, rows: Tensors, x: torch.Tensor, topk_weights: torch.Tensor, host_ids: torch.Tensor

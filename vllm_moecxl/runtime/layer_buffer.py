@@ -1,7 +1,7 @@
-"""The layer buffers: a row for every expert of a layer, shared by all layers of one shape.
+"""The layer buffers: a row for every expert of a layer, shared by the layers of one shape.
 
-A wide forward runs from one of them in a single pass and leaves the slots as they are. Where there are two, the next
-layer's experts are copied into the other one meanwhile.
+A wide forward runs from a buffer in a single pass and leaves the slots as they are. Where there are two, layers use
+them by turns: the next layer's experts are copied into the other one meanwhile.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 
 from vllm_moecxl.data.devices.base import DeviceBackend, Event
 from vllm_moecxl.data.mover import Fetch, Mover
-from vllm_moecxl.data.slabs import Cells, Home
+from vllm_moecxl.data.slabs import Cells, Home, LayerCells
 from vllm_moecxl.runtime.counters import Counters, PrefetchOutcome
 from vllm_moecxl.types import Cause
 
@@ -22,7 +22,7 @@ class LayerBuffer:
         cells: a row for every expert.
     """
 
-    def __init__(self, cells: Cells, backend: DeviceBackend, mover: Mover, counters: Counters) -> None:
+    def __init__(self, cells: LayerCells, backend: DeviceBackend, mover: Mover, counters: Counters) -> None:
         self.cells = cells
         self._backend = backend
         self._mover = mover
@@ -99,38 +99,3 @@ class LayerBuffer:
         self._counters.add({self._counters.prefetch[PrefetchOutcome.WASTED]: len(self._ahead)})
         self._fetches.clear()
         self._ahead.clear()
-
-
-class LayerBuffers:
-    """The one or two buffers of all layers of one shape; they take turns.
-
-    Args:
-        buffers: of equal shape.
-    """
-
-    def __init__(self, buffers: Sequence[LayerBuffer]) -> None:
-        assert 1 <= len(buffers) <= 2
-        self._buffers = list(buffers)
-
-    @property
-    def can_look_ahead(self) -> bool:
-        """Whether another layer's slabs may come in while a layer is computed."""
-        return len(self._buffers) > 1
-
-    @property
-    def any_cells(self) -> Cells:
-        """Cells for a forward whose result nobody looks at."""
-        return self._buffers[0].cells
-
-    def has(self, home: Home) -> bool:
-        """Whether one of them has, or is getting, this layer's slabs."""
-        return any(buffer.belongs_to(home) for buffer in self._buffers)
-
-    def of(self, home: Home) -> LayerBuffer:
-        """The buffer that has this layer's slabs, or the one that was used less recently; now this layer's."""
-        own = [buffer for buffer in self._buffers if buffer.belongs_to(home)]
-        buffer = (own or self._buffers)[0]
-        buffer.claim(home)
-        self._buffers.remove(buffer)
-        self._buffers.append(buffer)
-        return buffer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,11 +29,11 @@ from vllm_moecxl.data.mover import Mover
 from vllm_moecxl.data.profiles import PUBLISHED
 from vllm_moecxl.data.registration import Registration, register_banks
 from vllm_moecxl.data.slabfile import PackedLayer
-from vllm_moecxl.data.slabs import Cells, Home, HomeBuilder
+from vllm_moecxl.data.slabs import Cells, Home, HomeBuilder, LayerCells
 from vllm_moecxl.errors import CapacityError, ConfigError, IntegrityError
 from vllm_moecxl.runtime.counters import BANK_BYTES_KINDS, Counters
 from vllm_moecxl.runtime.dispatch import Bind, Dispatch, Kernel
-from vllm_moecxl.runtime.layer_buffer import LayerBuffer, LayerBuffers
+from vllm_moecxl.runtime.layer_buffer import LayerBuffer
 from vllm_moecxl.runtime.placing import Placer, slab_file_among
 from vllm_moecxl.runtime.selfcheck import SelfCheck
 from vllm_moecxl.runtime.sidecar import Sidecar
@@ -122,7 +123,8 @@ class OffloadRuntime:
         self._log = logger
         self._needs: dict[str, LayerNeed] = {}
         self._placement: Placement | None = None
-        self._layer_buffers: dict[tuple[SlabLayout, int], LayerBuffers] = {}
+        #: By shape, the buffers in the order that the next layers get them.
+        self._layer_buffers: dict[tuple[SlabLayout, int], deque[LayerBuffer]] = {}
         #: By kernel class, the pass kind that the self-check has confirmed.
         self._confirmed: dict[str, PassKind] = {}
         self._homes = HomeBuilder(banks, config.verify)
@@ -204,14 +206,14 @@ class OffloadRuntime:
             check = layer.check(self._device)
         home = self._take_home(layer, layer_id)
         costs = partial(self._costs, home)
-        slots = Cells(home.layout, slot_count, self._backend)
         is_cut = may_be_cut and not costs().is_always_in_place
-        buffers = self._buffers(home.layout, layer.expert_count) if is_cut else None
-        pass_kind = self._confirmed.get(layer.kernel_name, self._wanted_pass_kind(layer, buffers, is_cut))
+        buffer = self._next_buffer(home.layout, layer.expert_count) if is_cut else None
+        slots = Cells(home.layout, slot_count, self._backend, behind=buffer.cells if buffer else None)
+        pass_kind = self._confirmed.get(layer.kernel_name, self._wanted_pass_kind(layer, buffer, is_cut))
 
         def dispatch(
             pass_kind: PassKind,
-            buffers: LayerBuffers | None,
+            buffer: LayerBuffer | None,
             counters: Counters,
             home: Home = home,
             costs: Callable[[], LayerCosts] = costs,
@@ -222,7 +224,7 @@ class OffloadRuntime:
                 layer.name,
                 layer_id,
                 SlotCache(residency, home, slots, self._backend, self._mover, counters),
-                buffers,
+                buffer,
                 costs(),
                 self._layer_order(),
                 self._sidecar,
@@ -235,12 +237,12 @@ class OffloadRuntime:
 
         if check is not None:
             tried = partial(dispatch, costs=partial(self._costs, home, "never")) if is_cut else dispatch
-            if buffers is not None and self._backend.is_host and not home.is_direct:
+            if buffer is not None and self._backend.is_host and not home.is_direct:
                 # Passes fetch a slab many times over: from a slow bank, once is enough.
-                rehearsed = self._borrow(layer.name, home, buffers.of(home))
+                rehearsed = self._borrow(layer.name, home, buffer)
                 tried = partial(dispatch, home=rehearsed, costs=partial(self._costs, rehearsed, "never"))
-            pass_kind = self._confirm(check, layer, pass_kind, buffers, tried)
-        installed = self.dispatches[layer.name] = dispatch(pass_kind, buffers, self.counters)
+            pass_kind = self._confirm(check, layer, pass_kind, buffer, tried)
+        installed = self.dispatches[layer.name] = dispatch(pass_kind, buffer, self.counters)
         if (hot := self._placement.hot[layer_id]).size:
             installed.preload(hot.tolist())
         self._report_progress()
@@ -292,6 +294,7 @@ class OffloadRuntime:
     def _borrow(self, name: str, home: Home, buffer: LayerBuffer) -> Home:
         """The home of a layer for as long as its slabs are all in a layer buffer."""
         every = list(range(home.expert_count))
+        buffer.claim(home)
         buffer.bring(every, Cause.DEMAND, 0.0)
         buffer.wait(every)
         return self._homes.borrow(name, home.layout, buffer.cells.tensors)
@@ -305,25 +308,27 @@ class OffloadRuntime:
         layer.tensors.clear()
         return self._homes.adopt(layer.packed, self.slab_file, routes)
 
-    def _buffers(self, layout: SlabLayout, expert_count: int) -> LayerBuffers | None:
-        """The buffers that all layers of this layout and size share, if the account has any."""
+    def _next_buffer(self, layout: SlabLayout, expert_count: int) -> LayerBuffer | None:
+        """A buffer that layers of this layout and size share, by turns, if the account has any."""
         assert self.account is not None
         if not self.account.layer_buffer_count:
             return None
         key = (layout, expert_count)
         if key not in self._layer_buffers:
-            cells = [Cells(layout, expert_count, self._backend) for _ in range(self.account.layer_buffer_count)]
-            self._layer_buffers[key] = LayerBuffers(
-                [LayerBuffer(one, self._backend, self._mover, self.counters) for one in cells]
+            cells = [LayerCells(layout, expert_count, self._backend) for _ in range(self.account.layer_buffer_count)]
+            self._layer_buffers[key] = deque(
+                LayerBuffer(one, self._backend, self._mover, self.counters) for one in cells
             )
-        return self._layer_buffers[key]
+        buffers = self._layer_buffers[key]
+        buffers.rotate()
+        return buffers[0]
 
-    def _wanted_pass_kind(self, layer: LoadedLayer, buffers: LayerBuffers | None, is_cut: bool) -> PassKind:
+    def _wanted_pass_kind(self, layer: LoadedLayer, buffer: LayerBuffer | None, is_cut: bool) -> PassKind:
         if not is_cut:
             return PassKind.TOKEN  # never cut: every forward fits
         if self.config.passes == "fast":
             return PassKind.EXPERT
-        if layer.pass_kind is not PassKind.LAYER_BUFFER or buffers is not None:
+        if layer.pass_kind is not PassKind.LAYER_BUFFER or buffer is not None:
             return layer.pass_kind
         sentence = f"{layer.kernel_name} keeps the resident model's result only when a wide forward runs in one pass"
         if self.config.layer_buffer is False:
@@ -340,12 +345,12 @@ class OffloadRuntime:
         check: SelfCheck,
         layer: LoadedLayer,
         pass_kind: PassKind,
-        buffers: LayerBuffers | None,
-        dispatch: Callable[[PassKind, LayerBuffers | None, Counters], Dispatch],
+        buffer: LayerBuffer | None,
+        dispatch: Callable[[PassKind, LayerBuffer | None, Counters], Dispatch],
     ) -> PassKind:
         """The pass kind that gives this kernel's own bits, by trial."""
         # The layer buffer would take the wide batch away from the passes that are to be tried.
-        tried = None if pass_kind is not PassKind.LAYER_BUFFER else buffers
+        tried = None if pass_kind is not PassKind.LAYER_BUFFER else buffer
         different = check.run(lambda: dispatch(pass_kind, tried, self._private_counters()))
         if different:
             sentence = (
@@ -359,13 +364,13 @@ class OffloadRuntime:
             )
             if pass_kind is PassKind.LAYER_BUFFER:
                 raise IntegrityError(f"{sentence}: {hopeless}")
-            if buffers is None:
+            if buffer is None:
                 raise IntegrityError(
                     f"{sentence}: set --moe-offload-config.layer_buffer true, or accept it with passes fast"
                 )
             self._log.warning("MoE offload: %s: every wide forward goes through the layer buffer instead", sentence)
             pass_kind = PassKind.LAYER_BUFFER
-            different = check.run(lambda: dispatch(pass_kind, buffers, self._private_counters()))
+            different = check.run(lambda: dispatch(pass_kind, buffer, self._private_counters()))
             if different:
                 raise IntegrityError(f"{sentence}, and so does the layer buffer: {hopeless}")
         self._confirmed[layer.kernel_name] = pass_kind

@@ -126,6 +126,7 @@ class Sidecar:
         """Ask the kernel about some pages of one bank."""
         bank = self._banks[self._bank_index % len(self._banks)]
         self._bank_index += 1
-        if bank.verify_some():
+        astray_bytes = bank.verify_some()
+        self._counters.values[self._counters.bank_bytes[bank.name, "astray"]] = astray_bytes
+        if astray_bytes:
             self._counters.values[self._counters.bank_up[bank.name]] = 0
-            self._counters.values[self._counters.bank_bytes[bank.name, "astray"]] = bank.astray_bytes

@@ -141,6 +141,11 @@ class SlotCache:
             self._settle()
             return self._absent(np.arange(self.residency.expert_count))
 
+    def free_count(self) -> int:
+        """Slots that nothing has been put into yet."""
+        with self._lock:
+            return self.residency.state_counts()[SlotState.FREE]
+
     def look_ahead(self, expert_ids: Ids, keep: Mask, deadline: float) -> None:
         """Begin to fetch what a later pass of this forward needs, as far as slots can be had without harm."""
         with self._lock:

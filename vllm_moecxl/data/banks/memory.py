@@ -119,6 +119,14 @@ class MemoryBank(ABC):
         """Ask again where every page is; notes and returns the bytes that are not where they were asked to be."""
         return self.astray_bytes
 
+    def verify_tensor(self, index: int) -> int:
+        """The bytes of one of `tensors` that are not where they were asked to be."""
+        return 0
+
+    def bring_back(self) -> int:
+        """Move what is astray to where it was asked to be; notes and returns the bytes that are still astray."""
+        return self.astray_bytes
+
     @property
     def chunk_bytes(self) -> int:
         return self.profile.chunk_bytes
@@ -185,6 +193,14 @@ class NumaBank(MemoryBank):
         placements = [memory.verify(mapping, self.node) for mapping in self._mappings]
         self.astray_bytes = sum(placement.astray_bytes for placement in placements)
         return self.astray_bytes
+
+    def verify_tensor(self, index: int) -> int:
+        return memory.verify(self._mappings[index], self.node).astray_bytes
+
+    def bring_back(self) -> int:
+        for mapping in self._mappings:
+            memory.bring_back(mapping, self.node)
+        return self.verify()
 
     def verify_some(self) -> int:
         """Like `verify`, about the next few pages: short enough to be asked again and again while serving.

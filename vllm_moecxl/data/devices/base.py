@@ -51,6 +51,21 @@ class DeviceBackend(Protocol):
         It is zeroed when this returns: a copy on any stream may follow.
         """
 
+    def allocate_tail(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Like `allocate`, for rows that other tensors shall end with."""
+
+    def allocate_before(self, row_count: int, tail: torch.Tensor) -> torch.Tensor | None:
+        """A zeroed [rows + tail rows, ...] tensor whose last rows are those of `tail`, the same memory.
+
+        So a kernel that is given one tensor reads a layer's own slots and what all layers share.
+
+        Args:
+            tail: as `allocate_tail` gave it.
+
+        Returns:
+            None where the device cannot map memory twice.
+        """
+
     def free_bytes(self) -> int:
         """Device memory that may still be allocated."""
 

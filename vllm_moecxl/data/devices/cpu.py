@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 
@@ -9,12 +10,16 @@ import torch
 from moecxl_kernels.host import copy_rows
 
 from vllm_moecxl.data.devices.base import Event, Stream, check_copy, to_int32
-from vllm_moecxl.data.host import anonymous_tensor, available_bytes
+from vllm_moecxl.data.host import anonymous_tensor, as_tensor, available_bytes, tensor_before
 from vllm_moecxl.linux import affinity, memory
+from vllm_moecxl.linux.memory import SharedPages
 
 #: Kernels and copies are done when their calls return: streams need no queues and events nothing to tell them apart.
 _STREAM = Stream()
 _DONE = Event()
+#: vLLM's CPU kernels count a tensor's elements in 32 bits: beyond, `cpu_fused_moe` reads other rows or crashes.
+#: Source: vLLM 0.32, rows of 4.2 M bf16 elements at 2.0e9 (right), 2.5e9 and 4.6e9 elements (wrong), 2026-11-22.
+_KERNEL_ELEMENTS_MAX = (1 << 31) - 1
 
 
 class CpuBackend:
@@ -23,6 +28,10 @@ class CpuBackend:
     is_host = True
     #: Nothing is ever in flight.
     in_flight_bytes_max = sys.maxsize
+
+    def __init__(self) -> None:
+        #: By address, what tails are mapped from.
+        self._tails: dict[int, SharedPages] = {}
 
     def compute_stream(self) -> Stream:
         return _STREAM
@@ -33,6 +42,17 @@ class CpuBackend:
     def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         # A fresh anonymous mapping reads as zeros without being touched, so unused slots cost no memory.
         return anonymous_tensor(shape, dtype)
+
+    def allocate_tail(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        pages = SharedPages(math.prod(shape) * dtype.itemsize)
+        tail = as_tensor(pages.map(), shape, dtype)
+        self._tails[tail.data_ptr()] = pages
+        return tail
+
+    def allocate_before(self, row_count: int, tail: torch.Tensor) -> torch.Tensor | None:
+        if (row_count + len(tail)) * tail[0].numel() > _KERNEL_ELEMENTS_MAX:
+            return None
+        return tensor_before(row_count, tail.shape, tail.dtype, self._tails[tail.data_ptr()])
 
     def free_bytes(self) -> int:
         return available_bytes()

@@ -108,6 +108,12 @@ class CudaBackend:
         _cuda.current_stream(self._device).synchronize()
         return tensor
 
+    def allocate_tail(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return self.allocate(shape, dtype)
+
+    def allocate_before(self, row_count: int, tail: torch.Tensor) -> torch.Tensor | None:
+        return None
+
     def free_bytes(self) -> int:
         return int(_cuda.mem_get_info(self._device)[0])
 

@@ -206,6 +206,12 @@ class ModelledBackend:
         self._add(_Memory(f"allocation {len(self._memories)}", tensor, weakref.ref(buffer), is_device=True))
         return tensor
 
+    def allocate_tail(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return self.allocate(shape, dtype)
+
+    def allocate_before(self, row_count: int, tail: torch.Tensor) -> torch.Tensor | None:
+        return None
+
     def free_bytes(self) -> int:
         self._index()
         return self._capacity_bytes - sum(one.byte_count for one in self._memories if one.written is not None)
