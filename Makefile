@@ -3,7 +3,7 @@ VENV ?= .venv
 export VENV
 BIN = $(VENV)/bin
 
-.PHONY: env demo test lint unit cxl-vm engine server clean
+.PHONY: env demo test lint unit races cxl-vm engine server beside-engines clean
 
 env:
 	@deploy/make_env.sh
@@ -11,7 +11,12 @@ env:
 demo: env
 	@$(BIN)/python deploy/demo.py
 
-test: lint unit cxl-vm engine server
+# Engines compute on one core: what needs no engine of this process runs on the other one meanwhile.
+test: lint unit
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target engine beside-engines
+
+beside-engines: env
+	@$(MAKE) --no-print-directory --jobs 1 races cxl-vm server
 
 lint: env
 	@$(BIN)/ruff check .
@@ -22,6 +27,12 @@ lint: env
 # The pure tiers: seconds, and first.
 unit: env
 	@$(BIN)/python -m pytest tests/unit tests/property
+
+# Schedules of the modelled accelerator; `make races SCHEDULES=1000000` for a long search.
+SCHEDULES ?= 100000
+races: env
+	@$(BIN)/python -m pytest tests/races
+	@$(BIN)/python -m tests.races --schedules $(SCHEDULES)
 
 # CXL memory on a real kernel in a virtual machine: fetched once (80 MB), skipped with a reason where it cannot be had.
 cxl-vm: env

@@ -32,10 +32,12 @@ _SLOTS = "50%"
 _PACE_SHARE = 0.5
 _QUICK_WIDTH = 1024
 _PROMPT_LENGTH = 32
+#: Prefills follow each other: a forward has room for one.
+_PREFILL_COUNT = 4
 _PREFILL_LENGTH = 512
 #: Tokens that a sequence decodes before anything is measured.
 _WARMUP_COUNT = 8
-#: Sequences of each kind of work; a prefill is the prompt alone.
+#: Sequences of each kind of decode.
 _DECODES = {"decode_batch1": 1, "decode_batch4": 4, "decode_batch8": 8}
 _PREFILL = "prefill"
 #: Options of our engines; None is plain vLLM.
@@ -54,7 +56,7 @@ _GIL_US_MAX = 200.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark."""
     parser.add_argument("--intermediate-size", type=int, default=8192, help="width that the model's experts get")
-    parser.add_argument("--new-tokens", type=int, default=64, help="tokens that a sequence decodes")
+    parser.add_argument("--new-tokens", type=int, default=48, help="tokens that a sequence decodes")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each engine and kind of work, in turn")
     parser.add_argument("--quick", action="store_true", help="little work with narrow experts; nothing is saved")
 
@@ -164,7 +166,7 @@ def compare(model: str, bank: str, new_count: int, round_count: int) -> Result:
     context = json.loads(Path(model, "config.json").read_text())["max_position_embeddings"]
     limits = {"max_model_len": context, "max_num_batched_tokens": _PREFILL_LENGTH}
     prompts = {name: text_prompts(Path(model), count, _PROMPT_LENGTH) for name, count in _DECODES.items()}
-    prompts[_PREFILL] = text_prompts(Path(model), 1, _PREFILL_LENGTH)
+    prompts[_PREFILL] = text_prompts(Path(model), _PREFILL_COUNT, _PREFILL_LENGTH)
     with _recorded_ticks() as ticks:
         engines = {
             name: _start(Path(model), bank, options, limits, prompts[_HEADLINE]) for name, options in _ENGINES.items()

@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,9 +60,13 @@ def generate(scenarios: tuple[Scenario, ...] = SCENARIOS, **engine: Any) -> dict
 
 
 def generate_with_metrics(
-    scenarios: tuple[Scenario, ...] = SCENARIOS, **engine: Any
+    scenarios: tuple[Scenario, ...] = SCENARIOS, prepare: Callable[[Any], None] | None = None, **engine: Any
 ) -> tuple[dict[str, list[Output]], dict[str, float]]:
-    """The same, and our metrics of this engine: "name{label values}" -> value; empty if it does not offload."""
+    """The same, and our metrics of this engine; none if it does not offload.
+
+    Args:
+        prepare: is given the `LLM` before the first request, in an engine of this process.
+    """
     from vllm import LLM
 
     if "moe_offload" in engine:
@@ -69,17 +74,39 @@ def generate_with_metrics(
         engine["moe_offload_config"] = {"in_place": "never", **engine.get("moe_offload_config", {})}
     llm = LLM(**{**ENGINE, **engine})
     try:
+        if prepare is not None:
+            prepare(llm)
         outputs = {scenario.name: _run(llm, scenario) for scenario in scenarios}
-        rows = llm.collective_rpc("moe_offload_stats")[0] if "moe_offload" in engine else []
-        metrics = {
-            f"{name.removeprefix('vllm:moe_offload_')}{{{','.join(labels.values())}}}": value
-            for name, labels, value in rows
-        }
+        metrics = read_metrics(llm) if "moe_offload" in engine else {}
     finally:
         llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
     return outputs, metrics
+
+
+def read_metrics(llm: Any) -> dict[str, float]:
+    """Our metrics of an engine's first worker now: "name{label values}" -> value."""
+    return {
+        f"{name.removeprefix('vllm:moe_offload_')}{{{','.join(labels.values())}}}": value
+        for name, labels, value in llm.collective_rpc("moe_offload_stats")[0]
+    }
+
+
+def at_step(number: int, act: Callable[[Any], None]) -> Callable[[Any], None]:
+    """For `generate_with_metrics`: has `act` done with the `LLM` between its steps, before the one of this number."""
+
+    def prepare(llm: Any) -> None:
+        step, left = llm.llm_engine.step, iter(range(number, 0, -1))
+
+        def counting() -> Any:
+            if next(left, 0) == 1:
+                act(llm)
+            return step()
+
+        llm.llm_engine.step = counting
+
+    return prepare
 
 
 def pack_model(model: str, target: Path, **engine: Any) -> Path:

@@ -6,6 +6,7 @@ or waits, and wherever else `pause` is called.
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 from collections import deque
@@ -115,6 +116,11 @@ class Crew:
                 member.waits_for = None
                 count = count if count is None else count - 1
 
+    def join(self) -> None:
+        """Wait until all others are done."""
+        while not all(member.is_done or member is self._main for member in self._members):
+            self.wait_for(self)
+
     def _go_on(self) -> None:
         me = self._current
         if not self._is_over and self._pick() is not me:
@@ -153,6 +159,7 @@ class Crew:
             except BaseException as error:  # noqa: BLE001  (the main thread gets it)
                 self.error = self.error or error
             member.is_done = True
+            self.wake(self)
 
         def leave() -> None:
             if self._is_over:
@@ -166,11 +173,13 @@ class Crew:
     def _end(self) -> None:
         """Unwind who is not done."""
         self._is_over = True
+        logging.disable(logging.CRITICAL)  # the code under test may report that its thread has ended
         for member in self._members:
             while not member.is_done and member is not self._main:
                 self._current = member
                 member.turn.release()
                 self._main.turn.acquire()
+        logging.disable(logging.NOTSET)
 
     @property
     def is_over(self) -> bool:

@@ -39,9 +39,9 @@ from vllm_moecxl.runtime.layer_buffer import LayerBuffer
 from vllm_moecxl.runtime.slots import SlotCache
 from vllm_moecxl.types import PassKind
 
-#: A slab is two rows of these many bytes, which is three chunks and a bit.
-_ROW_BYTES = (8, 3)
-_CHUNK_BYTES = 4
+#: A slab is two rows of these many bytes, and two chunks.
+_ROW_BYTES = (6, 3)
+_CHUNK_BYTES = 6
 _RING_CELL_COUNT = 2
 #: A cost of copying at which it pays to let tokens go first whose experts are there.
 _SLAB_BYTES_COSTED = 1 << 30
@@ -63,10 +63,10 @@ class Spec:
             one thread only.
     """
 
-    expert_count: int = 5
-    slot_count: int = 3
+    expert_count: int = 4
+    slot_count: int = 2
     topk: int = 2
-    layer_count: int = 2
+    layer_count: int = 1
     pass_kind: PassKind = PassKind.TOKEN
     banks: tuple[Literal["registered", "staged"], ...] = ("registered",)
     home: Literal["whole", "striped", "replicated"] = "whole"
@@ -273,7 +273,7 @@ class Engine:
         ]
         for index, layer in enumerate(self.layers):
             layer.dispatch.following = self.layers[(index + 1) % len(self.layers)].dispatch
-        self._is_sleeping = True
+        self._is_closed = False
         if spec.pause_rate:
             crew.Thread(self._serve, name="sidecar").start()
 
@@ -287,10 +287,20 @@ class Engine:
             self.crew.wake(self)
             self.crew.pause()
 
+    def close(self) -> None:
+        """End all threads."""
+        self._is_closed = True
+        self.crew.wake(self)
+        self.mover.close()
+        self.crew.join()
+
     def _serve(self) -> None:
         """The life of the sidecar."""
         while True:
-            self.crew.wait_for(self)
+            if not self._is_closed:
+                self.crew.wait_for(self)
+            if self._is_closed:
+                return
             layer = self.rng.choice(self.layers)
             match self.rng.randrange(6):
                 case 0 | 1:
@@ -339,7 +349,7 @@ def run(spec: Spec, world: World) -> None:
                     if not forward(layer, _routes(engine, token_count)):
                         break
                 engine.tick()
-            engine.mover.close()
+            engine.close()
             for layer in engine.layers:
                 layer.slots.settle()
             engine.backend.finish()

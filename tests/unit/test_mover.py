@@ -27,7 +27,7 @@ from tests.support.homes import (
     store,
 )
 from tests.support.slabfiles import Contents, pack
-from tests.unit.test_slabs import EXPERT_COUNT, FILE_ROUTES, ROUTES, STRIPE_OF_THREE, banks_of_three, ragged_layer
+from tests.unit.test_slabs import EXPERT_COUNT, FILE_ROUTES, ROUTES, banks_of_three, ragged_layer
 from vllm_moecxl.config import Verify
 from vllm_moecxl.control.placement import Part, Route
 from vllm_moecxl.data import mover as movers

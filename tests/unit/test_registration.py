@@ -171,7 +171,7 @@ def test_a_bank_whose_pages_move_when_they_are_registered_is_staged_and_brought_
     assert line.startswith(
         "MoE offload: bank numa:0: registering it with the device moves its pages elsewhere; 8.00 KiB "
     )
-    assert f" and {left and '8.00 KiB' or '0 B'} of it are elsewhere now" in line
+    assert f" and {left} of it are elsewhere now" in line
     assert "strict_placement" in line and "daxctl online-memory --no-movable" in line
 
 

@@ -6,6 +6,9 @@ counts here. For many tokens computing comes on top, the same for every way.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 
@@ -15,7 +18,18 @@ from vllm_moecxl.types import InPlaceMode
 #: 2026-11-22.
 PASS_OVERHEAD_S = 150e-6
 
+#: Weight of the latest kernel call in what is believed of its kind.
+_LEARNING_RATE = 0.1
+
 ExpertIds = npt.NDArray[np.int64]
+
+
+class Step(NamedTuple):
+    """One pass, as far as its cost goes."""
+
+    token_count: int
+    expert_count: int
+    fetch_count: int
 
 
 class LayerCosts:
@@ -42,6 +56,8 @@ class LayerCosts:
         assert is_addressable or in_place != "always"
         self._home_s = slab_bytes / home_bytes_per_s
         self._slot_s = slab_bytes / slot_bytes_per_s
+        #: By the width of a forward (see `_width`), seconds that the kernel takes for an expert, as observed.
+        self._kernel_s: dict[int, float] = {}
         self._may_run_in_place = is_addressable and in_place != "never"
         self.is_always_in_place = self._may_run_in_place and (in_place == "always" or self._home_s <= self._slot_s)
         #: [experts] seconds that forwards in place have lost for want of a slot.
@@ -76,17 +92,33 @@ class LayerCosts:
         self._regret_s[missing] = np.minimum(self._regret_s[missing] + self._home_s - self._slot_s, enough_s)
         return True
 
-    def split_pays(self, first_count: int, rest_count: int, missing_count: int, all_count: int) -> bool:
-        """Whether to compute the tokens whose experts are there while those of the others are copied.
+    def observe_kernel(self, token_count: int, expert_count: int, duration_s: float) -> None:
+        """Learn from a kernel call that read this many experts for this many tokens."""
+        width, expert_s = _width(token_count), duration_s / expert_count
+        known_s = self._kernel_s.get(width, expert_s)
+        self._kernel_s[width] = known_s + _LEARNING_RATE * (expert_s - known_s)
 
-        Experts that both parts need are read twice then.
+    def kernel_s(self, token_count: int, expert_count: int) -> float:
+        """What a kernel call will take; as long as reading its experts takes where none was observed."""
+        return expert_count * self._kernel_s.get(_width(token_count), self._slot_s)
+
+    def passes_s(self, steps: Sequence[Step], slot_count: int, *, overlaps: bool) -> float:
+        """What a forward in several passes takes.
 
         Args:
-            first_count: experts of the tokens that can be computed at once.
-            rest_count: experts of the other tokens.
-            missing_count: experts that have to be copied.
-            all_count: experts of all tokens.
+            steps: in order.
+            overlaps: whether the next pass's slabs are copied while a pass computes, into the slots that it leaves.
         """
-        copy_s = missing_count * self._home_s
-        first_s, rest_s, all_s = (count * self._slot_s for count in (first_count, rest_count, all_count))
-        return max(copy_s, first_s) + rest_s + PASS_OVERHEAD_S < copy_s + all_s
+        total_s, ahead_s = 0.0, 0.0
+        for index, step in enumerate(steps):
+            total_s += max(step.fetch_count * self._home_s - ahead_s, 0.0) + PASS_OVERHEAD_S
+            kernel_s = self.kernel_s(step.token_count, step.expert_count)
+            total_s += kernel_s
+            following = steps[index + 1].fetch_count if overlaps and index + 1 < len(steps) else 0
+            ahead_s = min(kernel_s, min(following, slot_count - step.expert_count) * self._home_s)
+        return total_s
+
+
+def _width(token_count: int) -> int:
+    """Forwards of one power of two are alike."""
+    return token_count.bit_length()

@@ -76,6 +76,17 @@ def expert_passes(expert_ids: npt.NDArray[np.integer], resident: Mask, slot_coun
     return [Pass(ordered[start : start + slot_count], None) for start in range(0, ordered.size, slot_count)]
 
 
+def fetch_counts(passes: Sequence[Pass], resident: Mask, slot_count: int) -> list[int]:
+    """Experts that each pass will find missing, in order."""
+    resident, counts = resident.copy(), []
+    for index, part in enumerate(passes):
+        chosen = np.zeros_like(resident)
+        chosen[part.expert_ids] = True
+        counts.append(int(np.count_nonzero(chosen & ~resident)))
+        resident = _after_pass(chosen, resident, needed_later(passes, index + 1, resident.size), slot_count)
+    return counts
+
+
 def split_resident(part: Pass, topk_ids: npt.NDArray[np.integer], resident: Mask) -> tuple[Pass, Pass] | None:
     """Cut a pass into the tokens whose experts are all there and the others; None unless there are both.
 

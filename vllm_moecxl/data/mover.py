@@ -84,6 +84,12 @@ class Fetch:
         self.pieces = home.pieces(expert_id)
         self.unissued_count = len(self.pieces)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether it was given up or has failed, and nothing writes to the cell any more."""
+        transfer = self.transfer
+        return (self.error is not None or transfer.is_cancelled) and not transfer.in_flight_count
+
 
 class _Link:
     """One bank's way to the device."""
@@ -173,10 +179,18 @@ class Mover:
                 self._wake(link_id)
         return fetch
 
-    def promote(self, fetch: Fetch, cause: Cause, deadline: float) -> None:
-        """Join a fetch that is under way: it becomes as urgent as this, if it was not."""
+    def promote(self, fetch: Fetch, cause: Cause, deadline: float, wanters: Collection[str] = ()) -> bool:
+        """Join a fetch that is under way: it becomes as urgent as this, if it was not.
+
+        Returns:
+            False: it was given up or has failed, the slab has to be asked for again.
+        """
         with self._lock:
-            self._scheduler.promote(fetch.transfer, cause, deadline, self._clock())
+            if fetch.error is not None or (fetch.transfer.is_cancelled and not fetch.has_landed):
+                return False
+            if not fetch.transfer.is_cancelled:
+                self._scheduler.promote(fetch.transfer, cause, deadline, self._clock(), wanters)
+            return True
 
     def wait(self, fetches: Collection[Fetch]) -> None:
         """Return when kernels that are launched from now on find the slabs in their cells; help until then.
@@ -206,6 +220,11 @@ class Mover:
             for fetch in fetches:
                 for event in fetch.events.values():
                     self._backend.wait(compute, event)
+
+    def give_up(self, fetch: Fetch) -> None:
+        """Stop bringing a slab; what is in flight of it still arrives, `cancel` waits for that."""
+        with self._lock:
+            self._scheduler.cancel(fetch.transfer)
 
     def cancel(self, fetches: Collection[Fetch]) -> None:
         """Give fetches up; returns when nothing of them is in flight any more: their cells may be written again."""

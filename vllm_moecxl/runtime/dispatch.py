@@ -5,6 +5,7 @@ A full hit is one table look-up, one lease and one kernel call. All else, misses
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -12,9 +13,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vllm_moecxl.control.cost import LayerCosts
+from vllm_moecxl.control.cost import LayerCosts, Step
 from vllm_moecxl.control.layer_order import LayerOrder
-from vllm_moecxl.control.passes import Pass, expert_passes, needed_later, split_resident, token_passes
+from vllm_moecxl.control.passes import (
+    Pass,
+    expert_passes,
+    fetch_counts,
+    needed_later,
+    split_resident,
+    token_passes,
+)
 from vllm_moecxl.control.residency import Lease
 from vllm_moecxl.data.devices.base import DeviceBackend
 from vllm_moecxl.data.slabs import Home
@@ -92,6 +100,8 @@ class Dispatch:
         self._counters = counters
         self._kernel = kernel
         self._bind = bind
+        #: [experts] position of the last wide forward that needed each.
+        self._needed_at = np.full(slots.residency.expert_count, -1.0)
         self._in_place_rows = self.home.tensors if costs.is_always_in_place else None
         bind(slots.cells.tensors if self._in_place_rows is None else self._in_place_rows)
 
@@ -183,6 +193,7 @@ class Dispatch:
         if kind is PassKind.LAYER_BUFFER:
             return self._run_layer_buffer(x, topk_weights, host_ids, distinct, position)
         values[self._counters.passes[kind]] += len(passes)
+        # A single pass takes all tokens, as an expert pass does.
         run = self._run_token_passes if kind is PassKind.TOKEN else self._run_expert_passes
         try:
             return run(x, topk_weights, host_ids, passes, position)
@@ -194,22 +205,47 @@ class Dispatch:
     ) -> tuple[PassKind, Sequence[Pass]]:
         """How to run a forward: the kind, and its passes."""
         slot_count = self.slots.cells.cell_count
-        if self.pass_kind is PassKind.TOKEN:
-            if distinct.size <= slot_count:
-                whole: Sequence[Pass] = [Pass(distinct, None)]
-                passes = self._split_first(whole, host_ids, resident)
-                return (PassKind.SINGLE if passes is whole else PassKind.TOKEN), passes
-            if not self._prefers_buffer():
-                # The layer buffer copies every expert once: passes that would copy more are not worth their churn.
-                limit = int(distinct.size) if self.buffer is not None else host_ids.numel()
-                found = token_passes(host_ids.numpy(), resident, slot_count, limit)
-                if found is not None:
-                    return PassKind.TOKEN, self._split_first(found, host_ids, resident)
-        elif distinct.size <= slot_count:
+        is_narrow = distinct.size <= slot_count
+        may_pass = self.pass_kind is PassKind.TOKEN and (is_narrow or not self._prefers_buffer())
+        if may_pass and (passes := self._token_passes(host_ids, distinct, resident)):
+            return (PassKind.SINGLE if len(passes) == 1 else PassKind.TOKEN), passes
+        if is_narrow:
             return PassKind.SINGLE, [Pass(distinct, None)]
-        elif self.pass_kind is PassKind.EXPERT:
+        if self.pass_kind is PassKind.EXPERT:
             return PassKind.EXPERT, expert_passes(distinct, resident, slot_count)
         return PassKind.LAYER_BUFFER, []
+
+    def _token_passes(
+        self, host_ids: torch.Tensor, distinct: npt.NDArray[np.int64], resident: npt.NDArray[np.bool_]
+    ) -> Sequence[Pass] | None:
+        """The fastest token passes; None where the layer buffer copies less."""
+        slot_count, topk = self.slots.cells.cell_count, host_ids.shape[1]
+        routes = host_ids.numpy()
+        plans: list[Sequence[Pass]] = []
+        if distinct.size <= slot_count:
+            plans.append([Pass(distinct, None)])
+        else:
+            # The layer buffer copies every expert once: passes that would copy more are not worth their churn.
+            limit = int(distinct.size) if self.buffer is not None else host_ids.numel()
+            capacities = [slot_count]
+            if self._helper.is_up and slot_count >= 2 * topk:
+                capacities.append(slot_count // 2)  # leaves slots for the next pass's slabs while one computes
+            found = (token_passes(routes, resident, capacity, limit) for capacity in capacities)
+            plans += [passes for passes in found if passes is not None]
+        if self._helper.is_up:
+            # The tokens whose experts are there may go first: the others' are copied meanwhile.
+            parts = [split_resident(passes[0], routes, resident) for passes in plans]
+            plans += [[*two, *passes[1:]] for two, passes in zip(parts, plans, strict=True) if two is not None]
+        return min(plans, key=lambda passes: self._passes_s(passes, host_ids, resident), default=None)
+
+    def _passes_s(self, passes: Sequence[Pass], host_ids: torch.Tensor, resident: npt.NDArray[np.bool_]) -> float:
+        slot_count = self.slots.cells.cell_count
+        counts = fetch_counts(passes, resident, slot_count)
+        steps = [
+            Step(len(host_ids) if part.token_ids is None else part.token_ids.size, part.expert_ids.size, fetch_count)
+            for part, fetch_count in zip(passes, counts, strict=True)
+        ]
+        return self._costs.passes_s(steps, slot_count, overlaps=self._helper.is_up)
 
     def _prefers_buffer(self) -> bool:
         """Whether the layer buffer is the cheapest way for a wide forward, however few fetches passes would need."""
@@ -217,19 +253,6 @@ class Dispatch:
             return False
         # In one tensor with the slots it costs no copy of what they hold; and what was brought ahead is there already.
         return self.slots.cells.behind_row is not None or self.buffer.belongs_to(self.home)
-
-    def _split_first(
-        self, passes: Sequence[Pass], host_ids: torch.Tensor, resident: npt.NDArray[np.bool_]
-    ) -> Sequence[Pass]:
-        """Let the tokens whose experts are there go first, where that hides the copies of the others' experts."""
-        parts = split_resident(passes[0], host_ids.numpy(), resident) if self._helper.is_up else None
-        if parts is None:
-            return passes
-        first, rest = (part.expert_ids for part in parts)
-        missing_count = int(np.count_nonzero(~resident[rest]))
-        if not self._costs.split_pays(first.size, rest.size, missing_count, passes[0].expert_ids.size):
-            return passes
-        return [*parts, *passes[1:]]
 
     def _run_token_passes(
         self,
@@ -303,7 +326,9 @@ class Dispatch:
         lease, cached = self.slots.lease_resident(distinct)
         try:
             absent = np.setdiff1d(distinct, cached).tolist()
+            buffer.drop_all_but(absent)
             buffer.bring(absent, Cause.DEMAND, position)
+            self._needed_at[distinct] = position
             self._bring_following(int(distinct.size))
             self._counters.values[self._counters.passes[PassKind.LAYER_BUFFER]] += 1
             behind_row = self.slots.cells.behind_row
@@ -349,6 +374,8 @@ class Dispatch:
         assert self.buffer is not None
         if distinct_count > self.slots.cells.cell_count:
             absent = self.slots.absent()
+            # What was needed last is likeliest to be needed again, and copied first.
+            absent.sort(key=self._needed_at.__getitem__, reverse=True)
             self.buffer.claim(self.home)
             self.buffer.bring(absent, Cause.PREFETCH, self._order.next_position(self.layer_id))
 
@@ -366,7 +393,10 @@ class Dispatch:
         """One kernel call whose experts are all in slots, and held."""
         lease = self.slots.lease(host_ids.numpy().view(np.uint32))
         assert lease is not None, "a pass runs only once its experts are resident"
+        started_s = time.perf_counter()
         try:
             return self._kernel(x, topk_weights, self._slot_tensor(lease))
         finally:
             self.slots.end(lease)
+            if self._backend.is_host:  # elsewhere the kernel has only been launched
+                self._costs.observe_kernel(len(host_ids), lease.distinct_count, time.perf_counter() - started_s)

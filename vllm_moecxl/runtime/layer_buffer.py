@@ -50,13 +50,21 @@ class LayerBuffer:
         assert self._owner is not None
         for expert_id in expert_ids:
             if (fetch := self._fetches.get(expert_id)) is not None:
-                self._mover.promote(fetch, cause, deadline)
-                continue
+                if self._mover.promote(fetch, cause, deadline):
+                    continue
+                # Nobody waited when it failed: whoever does now has a right to another attempt.
+                self._mover.cancel([fetch])
             self._fetches[expert_id] = self._mover.start(
                 self._owner, expert_id, self.cells.rows(expert_id), cause, deadline, after=self._read
             )
             if cause is Cause.PREFETCH:
                 self._ahead.add(expert_id)
+
+    def drop_all_but(self, expert_ids: Collection[int]) -> None:
+        """Stop bringing what was brought ahead and turns out not to be needed; what has come by now stays."""
+        for expert_id in self._ahead.difference(expert_ids):
+            if not self._fetches[expert_id].has_landed:
+                self._mover.give_up(self._fetches[expert_id])
 
     def take(self, cells: Cells, from_ids: list[int], expert_ids: list[int]) -> None:
         """Copy slabs that are in the layer's slots, in order with the kernels of the calling thread."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -72,14 +72,8 @@ class SlotCache:
 
     def end(self, lease: Lease) -> None:
         """The kernel that reads a lease's slots has been launched: hold them until the device has run it."""
-        if self._backend.is_host:
-            with self._lock:
-                self.residency.release(lease)
-            return
-        event = self._backend.record(self._backend.compute_stream())
         with self._lock:
-            self._unfinished.append((event, lease))
-            self._release_finished()
+            self._end([lease])
 
     def look_up(self, distinct: Ids) -> tuple[Mask, int]:
         """What is there of the experts of a forward.
@@ -118,7 +112,7 @@ class SlotCache:
         except BaseException:
             with self._lock:
                 self._give_up(awaited)
-                self._release(holds)
+                self._end(holds)
             raise
         with self._lock:
             for expert_id, filling in awaited.items():
@@ -132,8 +126,9 @@ class SlotCache:
         try:
             yield
         finally:
+            # Even if no kernel was launched: the device may still be filling the slots.
             with self._lock:
-                self._release(holds)
+                self._end(holds)
 
     def absent(self) -> list[int]:
         """Experts of the layer that are neither here nor on their way."""
@@ -162,16 +157,22 @@ class SlotCache:
                 filling.is_awaited = False
 
     def prefetch(self, expert_ids: Collection[int], deadline: float, wanters: Collection[str] = ()) -> int:
-        """Begin to fetch experts that a later forward may need; how many were begun. Stops where no slot is to be had.
+        """Begin to fetch experts that a later forward may need, and join those under way. Stops where no slot is to be
+        had.
 
         Args:
             deadline: position of the layer's next forward.
             wanters: requests that they are for.
+
+        Returns:
+            How many fetches were begun.
         """
         nothing = np.zeros(self.residency.expert_count, dtype=np.bool_)
         begun_count = 0
         with self._lock:
             self._settle()
+            for expert_id in self._filling.keys() & expert_ids:
+                self._mover.promote(self._filling[expert_id].fetch, Cause.PREFETCH, deadline, wanters)
             for expert_id in self._absent(np.fromiter(dict.fromkeys(expert_ids), dtype=np.int64)):
                 if (slot_id := self.residency.begin_fill(expert_id, nothing)) is None:
                     break
@@ -201,16 +202,17 @@ class SlotCache:
                 # All slots are taken before any wait, so that no fill of this pass evicts another.
                 for expert_id in expert_ids[~resident].tolist():
                     filling = self._filling.get(expert_id)
+                    if filling is not None and not self._mover.promote(filling.fetch, Cause.DEMAND, deadline):
+                        self._give_up({expert_id: filling})
+                        filling = None
                     if filling is None:
                         slot_id = self._take_slot(expert_id, keep, awaited)
                         filling = self._fill(expert_id, slot_id, Cause.DEMAND, deadline, (), is_awaited=True)
-                    else:
-                        filling.is_awaited = True
-                        self._mover.promote(filling.fetch, Cause.DEMAND, deadline)
+                    filling.is_awaited = True
                     awaited[expert_id] = filling
             except BaseException:
                 self._give_up(awaited)
-                self._release(holds)
+                self._end(holds)
                 raise
             self._count()
         return holds, awaited
@@ -271,7 +273,7 @@ class SlotCache:
             if filling.fetch.has_landed:
                 del self._filling[expert_id]
                 self.residency.complete_fill(filling.slot_id)
-            elif filling.fetch.error is not None or filling.fetch.transfer.is_cancelled:
+            elif filling.fetch.is_over:
                 self._give_up({expert_id: filling})
 
     def _give_up(self, fillings: dict[int, _Filling]) -> None:
@@ -282,9 +284,15 @@ class SlotCache:
             self.residency.abort_fill(filling.slot_id)
         self._count()
 
-    def _release(self, leases: list[Lease]) -> None:
-        for lease in leases:
-            self.residency.release(lease)
+    def _end(self, leases: Sequence[Lease]) -> None:
+        """End leases once the device has done what it was told so far."""
+        if self._backend.is_host:
+            for lease in leases:
+                self.residency.release(lease)
+        elif leases:
+            event = self._backend.record(self._backend.compute_stream())
+            self._unfinished.extend((event, lease) for lease in leases)
+            self._release_finished()
 
     def _release_finished(self) -> None:
         while self._unfinished and self._backend.query(self._unfinished[0][0]):

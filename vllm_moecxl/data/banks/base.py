@@ -17,7 +17,7 @@ ProfileSource = Literal["measured", "emulated", "published"]
 
 #: A demand waits for at most this long behind a chunk that nobody waits for, where the limits below allow it. Many
 #: times what a chunk costs in Python, 20 to 40 us. Source: copies of 1 MiB pieces on an AMD EPYC core, 2026-11-22.
-CHUNK_S = 0.25e-3
+CHUNK_S = 0.5e-3
 CHUNK_BYTES_MIN = 256 * KIB
 CHUNK_BYTES_MAX = 4 * MIB
 

@@ -23,12 +23,14 @@ import weakref
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import NoReturn, Protocol
+from typing import NoReturn, Protocol, final
 
 import torch
 
 from vllm_moecxl.data.devices.base import Event, Stream, check_copy, to_int32
 
+#: Accesses to one piece of memory that are kept without looking which of them are of no interest any more.
+_ACCESSES_KEPT = 16
 #: The host among the actors that a chooser chooses from; the others are streams.
 HOST = 0
 
@@ -82,6 +84,7 @@ class _Memory:
 Region = tuple[_Memory, int, int]
 
 
+@final
 class _Operation:
     """A copy or a kernel. It reads and writes at any time between its start and its end."""
 
@@ -127,6 +130,7 @@ class ModelledStream(Stream):
         self.queue: deque[_Operation | ModelledEvent | _Wait] = deque()
 
 
+@final
 class ModelledEvent(Event):
     """A point in a stream; complete when all before it has ended."""
 
@@ -135,6 +139,7 @@ class ModelledEvent(Event):
         self.is_complete = False
 
 
+@final
 class _Wait:
     """A stream's wait for an event."""
 
@@ -367,20 +372,21 @@ class ModelledBackend:
         is_settled = False
         while not is_settled:
             is_settled = True
+            is_blocked = False
             ready.clear()
             for stream in self._streams:
                 queue = stream.queue
                 while queue:
                     head = queue[0]
-                    if isinstance(head, _Operation):
+                    if type(head) is _Operation:
                         ready.append(stream)
                         break
-                    if isinstance(head, _Wait):
-                        if not head.event.is_complete:
-                            break
-                    else:
+                    if type(head) is ModelledEvent:
                         head.is_complete = True
-                        is_settled = False
+                        is_settled = not is_blocked
+                    elif not head.event.is_complete:
+                        is_blocked = True
+                        break
                     queue.popleft()
         return ready
 
@@ -445,7 +451,7 @@ class ModelledBackend:
     def _enter(self, operation: _Operation, region: Region, clock: list[int], *, is_write: bool) -> None:
         """Note an access; hold it against those that it is not ordered with."""
         memory, start, stop = region
-        if memory.accesses:
+        if len(memory.accesses) > _ACCESSES_KEPT:
             memory.accesses = [one for one in memory.accesses if not self._is_known_to_host(one[0])]
         if self._checks_order:
             for other, other_start, other_stop, other_writes in memory.accesses:
@@ -457,6 +463,8 @@ class ModelledBackend:
                         f"{memory.cell(start, stop)} without being ordered after {other}, "
                         f"which {'writes' if other_writes else 'reads'} it"
                     )
+                if self._is_known_to_host(other):
+                    continue
                 if memory.written is None and self._read((memory, other_start, other_stop)) != other.snapshot:
                     self._fail(
                         f"{memory.cell(other_start, other_stop)} was overwritten by the host before {other} was known "
