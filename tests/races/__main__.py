@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from tests.races.cases import CASES
+from tests.races.cases import CASES, CASES_BY_NAME
 from tests.races.search import (
     Batch,
     Case,
@@ -27,12 +27,11 @@ from tests.races.search import (
 )
 
 _FINDINGS_SHOWN = 10
-_CASES_BY_NAME = {case.name: case for case in CASES}
 
 
 def _run(batch: Batch, *, checks_order: bool) -> Tally:
     torch.set_num_threads(1)
-    return run_batch(_CASES_BY_NAME[batch[0]], batch, checks_order=checks_order)
+    return run_batch(CASES_BY_NAME[batch[0]], batch, checks_order=checks_order)
 
 
 def search(cases: Sequence[Case], schedule_count: int, seed: int, job_count: int, *, checks_order: bool) -> int:
@@ -85,7 +84,7 @@ def main() -> int:
     parser.add_argument("--schedules", type=int, default=10_000, help="how many, over all cases")
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
-    parser.add_argument("--case", choices=sorted(_CASES_BY_NAME), help="this one only")
+    parser.add_argument("--case", choices=sorted(CASES_BY_NAME), help="this one only")
     parser.add_argument("--replay", metavar="SCHEDULE", help="one schedule, such as random:17, step by step")
     parser.add_argument("--strikes-only", action="store_true", help="report no accesses that are merely unordered")
     arguments = parser.parse_args()
@@ -94,8 +93,8 @@ def main() -> int:
     if arguments.replay is not None:
         if arguments.case is None:
             parser.error("--replay: name the case with --case")
-        return replay(_CASES_BY_NAME[arguments.case], Schedule.of(arguments.replay), checks_order=checks_order)
-    cases = [_CASES_BY_NAME[arguments.case]] if arguments.case else CASES
+        return replay(CASES_BY_NAME[arguments.case], Schedule.of(arguments.replay), checks_order=checks_order)
+    cases = [CASES_BY_NAME[arguments.case]] if arguments.case else CASES
     return int(search(cases, arguments.schedules, arguments.seed, arguments.jobs, checks_order=checks_order) > 0)
 
 

@@ -29,7 +29,10 @@ ENGINE_CASES = [
     _engine("striped", Spec(banks=("registered", "staged"), home="striped", failure_rate=0.02)),
     _engine("replicated", Spec(banks=("registered", "staged"), home="replicated", failure_rate=0.02)),
     _engine("checked", Spec(is_checked=True, failure_rate=0.02)),
+    _engine("ids-at-once", Spec(waits_for_ids=False, layer_count=2)),
+    _engine("ids-at-once-buffers", replace(_BUFFERS, buffer_count=2, waits_for_ids=False)),
     _engine("hot", Spec(slot_count=4, forward_count=5)),
 ]
 
 CASES = [*miniature.CASES, *ENGINE_CASES]
+CASES_BY_NAME = {case.name: case for case in CASES}

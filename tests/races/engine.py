@@ -58,6 +58,8 @@ class Spec:
         is_checked: whether slabs are held against their digests when they are fetched.
         buffer_count: layer buffers.
         token_count_max: of a forward.
+        waits_for_ids: whether the host waits for the device to get the router's ids. It does, with the devices that we
+            have; without, more can be under way, and the runtime has to be right nevertheless.
         failure_rate: of reads and of kernels.
         pause_rate: of the places where another thread could go on, the share in which one may; without any there is
             one thread only.
@@ -74,6 +76,7 @@ class Spec:
     buffer_count: int = 0
     forward_count: int = 4
     token_count_max: int = 3
+    waits_for_ids: bool = True
     failure_rate: float = 0.0
     pause_rate: float = 0.15
 
@@ -107,6 +110,7 @@ class PausingBackend(ModelledBackend):
     """Lets other threads go on around each call that queues or observes something."""
 
     crew: Crew
+    waits_for_ids: bool
 
     def copy(self, source: torch.Tensor, target: torch.Tensor, stream: Stream) -> None:
         super().copy(source, target, stream)
@@ -119,6 +123,9 @@ class PausingBackend(ModelledBackend):
     def wait(self, stream: Stream, event: Event) -> None:
         super().wait(stream, event)
         self.crew.pause()
+
+    def route_ids(self, topk_ids: torch.Tensor) -> torch.Tensor:
+        return super().route_ids(topk_ids) if self.waits_for_ids else topk_ids
 
     def synchronize(self, event: Event) -> None:
         self.crew.pause()
@@ -259,6 +266,7 @@ class Engine:
         banks, homes = homes_of(spec)
         self.backend = world.make_backend(PausingBackend)
         self.backend.crew = crew
+        self.backend.waits_for_ids = spec.waits_for_ids
         self.counters = _counters(tuple(bank.name for bank in banks))
         self.mover = mover.Mover(banks, self.backend, self.counters, has_hands=spec.pause_rate > 0, clock=self._clock)
         self.order = LayerOrder(spec.layer_count)
@@ -301,18 +309,22 @@ class Engine:
                 self.crew.wait_for(self)
             if self._is_closed:
                 return
-            layer = self.rng.choice(self.layers)
-            match self.rng.randrange(6):
-                case 0 | 1:
-                    self.mover.feed()
-                case 2:
-                    self.mover.forget(self.rng.choice(_WANTERS))
-                case 3:
-                    layer.slots.settle()
-                case _:
-                    expert_ids = self.rng.sample(range(self.spec.expert_count), self.rng.randint(1, 2))
-                    deadline = self.order.next_position(layer.layer_id)
-                    layer.slots.prefetch(expert_ids, deadline, [self.rng.choice(_WANTERS)])
+            for _ in range(self.rng.randint(1, 3)):
+                self._help(self.rng.choice(self.layers))
+
+    def _help(self, layer: Layer) -> None:
+        """Something that a sidecar does."""
+        match self.rng.randrange(6):
+            case 0 | 1:
+                self.mover.feed()
+            case 2:
+                self.mover.forget(self.rng.choice(_WANTERS))
+            case 3:
+                layer.slots.settle()
+            case _:
+                expert_ids = self.rng.sample(range(self.spec.expert_count), self.rng.randint(1, 2))
+                deadline = self.order.next_position(layer.layer_id)
+                layer.slots.prefetch(expert_ids, deadline, [self.rng.choice(_WANTERS)])
 
     def _clock(self) -> float:
         self._now_s += 1e-6

@@ -58,8 +58,20 @@ def test_metrics_show_the_cache_on_every_api_server(offloading_server: Server) -
     assert after[0][hits] + after[0][misses] > before[hits] + before[misses]
     assert after[0]['slots{state="resident"}'] == 24
     slab_bytes = 3 * 128 * 256 * 2
-    assert after[0]['fetch_bytes_total{bank="dram",cause="demand"}'] % slab_bytes == 0
+    fetched_bytes = {cause: f'fetch_bytes_total{{bank="dram",cause="{cause}"}}' for cause in ("demand", "prefetch")}
+    assert all(after[0][name] % slab_bytes == 0 for name in fetched_bytes.values())
+    assert after[0][fetched_bytes["demand"]] > before[fetched_bytes["demand"]] > 0
     assert after[0]["stall_seconds_total"] > before["stall_seconds_total"]
+
+
+def test_metrics_show_what_is_copied_beside_the_forward(offloading_server: Server) -> None:
+    _complete(offloading_server, "Package: libc6\n" * 8)  # a prefill that needs nearly all experts of each layer
+    metrics = _metrics(offloading_server)
+    assert metrics["sidecar_up"] == 1 and metrics["sidecar_cpu_seconds_total"] > 0
+    assert metrics['link_busy_seconds_total{bank="dram"}'] > 0
+    outcomes = {outcome: metrics[f'prefetch_total{{outcome="{outcome}"}}'] for outcome in ("useful", "late", "wasted")}
+    assert outcomes["useful"] + outcomes["late"] > 0, "a long prefill has the next layer's experts brought ahead"
+    assert sum(outcomes.values()) == metrics['fetches_total{cause="prefetch"}'] + outcomes["late"], outcomes
 
 
 def test_load_with_cancelled_requests_leaves_it_exact(offloading_server: Server) -> None:
@@ -83,6 +95,9 @@ def test_load_with_cancelled_requests_leaves_it_exact(offloading_server: Server)
         for request in cancelled:
             request.result()
     assert answers == [expected[prompt] for prompt in prompts]
+    metrics = _metrics(offloading_server)
+    assert metrics["sidecar_up"] == 1 and metrics['bank_up{bank="dram"}'] == 1
+    assert metrics['slots{state="filling"}'] == 0, "what only they wanted is not on its way any more"
     with urllib.request.urlopen(f"{offloading_server.url}/health") as response:
         assert response.status == 200
 

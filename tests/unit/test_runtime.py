@@ -33,6 +33,7 @@ class SmallBackend(CpuBackend):
     """A host with as much device memory as the test says."""
 
     def __init__(self, free_bytes: int) -> None:
+        super().__init__()
         self._free_bytes = free_bytes
 
     def free_bytes(self) -> int:
@@ -94,16 +95,26 @@ def passes_taken(runtime: OffloadRuntime) -> dict[str, float]:
     return {kind: n for kind, n in by_label(runtime.counters.rows(), Metric.PASSES, "kind").items() if n}
 
 
+def counted(runtime: OffloadRuntime) -> dict[str, float]:
+    """What requests have caused so far."""
+    return {
+        row.metric.name: row.value
+        for row in runtime.counters.rows()
+        if row.metric.is_counter and row.metric is not Metric.SIDECAR_CPU_SECONDS and row.value
+    }
+
+
 def test_a_kernel_that_keeps_its_bits_is_confirmed_once_and_serves_in_token_passes(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO)
-    runtime = start(EXPERT_COUNT, EXPERT_COUNT)
+    runtime = start(EXPERT_COUNT, EXPERT_COUNT, layer_buffer=False)
     toys = [ToyMoe(EXPERT_COUNT, seed) for seed in (1, 2)]
-    for index, toy in enumerate(toys):
-        dispatch = runtime.install(loaded(toy, index))
+    dispatches = [runtime.install(loaded(toy, index)) for index, toy in enumerate(toys)]
+    assert counted(runtime) == {}, "the self-check counts nowhere"
+    for dispatch, toy in zip(dispatches, toys, strict=True):
         assert torch.equal(dispatch(*wide_batch()), toy.direct(*wide_batch()))
-    assert passes_taken(runtime) == {"token": 4.0}, "the self-check counts nowhere"
+    assert passes_taken(runtime) == {"token": 4.0}
     assert caplog.text.count("ToyKernel runs wide forwards by token, bit-equal in the self-check") == 1
     assert "byte account of this rank" in caplog.text and "experts of 2/2 layers are home" in caplog.text
 
@@ -153,16 +164,22 @@ def test_a_kernel_that_needs_the_layer_buffer_is_refused_without_one() -> None:
         start(EXPERT_COUNT, free_bytes=room).install(layer)
 
 
-def test_layers_of_one_layout_share_a_buffer_that_has_a_row_for_every_expert_of_each() -> None:
-    counts = (4, EXPERT_COUNT, EXPERT_COUNT)
-    runtime = start(*counts)
-    dispatches = []
-    for index, expert_count in enumerate(counts):
-        toy = ToyMoe(expert_count, index)
-        dispatches.append(runtime.install(loaded(toy, index, kind=PassKind.LAYER_BUFFER)))
-        assert torch.equal(dispatches[-1](*wide_batch(expert_count)), toy.direct(*wide_batch(expert_count)))
-    assert dispatches[1].buffers is dispatches[2].buffers is not None
-    assert dispatches[0].buffers not in (None, dispatches[1].buffers)
+@pytest.mark.parametrize("sidecar", [True, False])
+def test_layers_of_one_layout_share_buffers_that_have_a_row_for_every_expert_of_each(*, sidecar: bool) -> None:
+    counts = (EXPERT_COUNT, 4, EXPERT_COUNT, EXPERT_COUNT, EXPERT_COUNT)
+    runtime = start(*counts, sidecar=sidecar)
+    toys = [ToyMoe(expert_count, index) for index, expert_count in enumerate(counts)]
+    dispatches = [runtime.install(loaded(toy, index, kind=PassKind.LAYER_BUFFER)) for index, toy in enumerate(toys)]
+    for _ in range(2):  # each finds in the buffer what another layer has left there
+        for dispatch, toy in zip(dispatches, toys, strict=True):
+            batch = wide_batch(len(toy.tensors["weight"]))
+            assert torch.equal(dispatch(*batch), toy.direct(*batch))
+    first, small, second, third, fourth = [dispatch.buffer for dispatch in dispatches]
+    assert None not in (first, small) and small is not first
+    assert first is third and second is fourth
+    assert (first is second) != sidecar, "by turns where the next layer is brought while one computes"
+    following = [dispatch.following for dispatch in dispatches]
+    assert following == [*dispatches[1:], dispatches[0]]
 
 
 def test_the_gauge_of_slots_covers_all_layers() -> None:

@@ -62,11 +62,13 @@ class Fetch:
         transfer: what the scheduler knows of it.
         error: why it will not arrive.
         has_landed: whether every byte is there, and was held against its digest where that is due.
+        is_checking: whether somebody reads the cell to hold it against its digest.
+        is_whole: whether the slab goes in one chunk, because its digest is due before the device gets it.
     """
 
     __slots__ = (
-        *("after", "error", "events", "expert_id", "has_landed", "home", "pieces", "started_s", "target"),
-        *("transfer", "unissued_count"),
+        *("after", "error", "events", "expert_id", "has_landed", "home", "is_checking", "is_whole", "pieces"),
+        *("started_s", "target", "transfer", "unissued_count"),
     )
 
     def __init__(self, home: Home, expert_id: int, target: SlabTarget, after: Event | None, started_s: float) -> None:
@@ -76,11 +78,14 @@ class Fetch:
         self.started_s = started_s
         self.error: BaseException | None = None
         self.has_landed = False
+        self.is_checking = False
+        self.is_whole = False
         self.transfer: Transfer
         #: Copies into the cell wait for this on the device.
         self.after = after
-        #: By link, the point behind the last copy that was issued.
-        self.events: dict[int, Event] = {}
+        #: Behind the copies that were issued. All of them: two threads that copy on one stream may note their events
+        #: in another order than they are on it.
+        self.events: list[Event] = []
         self.pieces = home.pieces(expert_id)
         self.unissued_count = len(self.pieces)
 
@@ -104,6 +109,8 @@ class _Link:
         #: Whether the device reads the bank's memory by itself.
         self.is_registered = False
         self.has_hands = False
+        #: Whether it was ever one of several that could carry a chunk.
+        self.may_take_over = False
 
 
 class Mover:
@@ -168,15 +175,19 @@ class Mover:
             after: copies into the cell wait for this event, on the device.
         """
         fetch = Fetch(home, expert_id, target, after, self._clock())
-        if self._is_whole(fetch):
+        # Decided once: another fetch of the slab may have verified it before this one is carried.
+        if not self._backend.is_host and home.needs_check(expert_id):
+            fetch.is_whole = True
             fetch.unissued_count = 1
             chunks = [(home.slab_bytes, self._sources(home, fetch.pieces[0])[:1])]
         else:
             chunks = [(piece.byte_count, self._sources(home, piece)) for piece in fetch.pieces]
         with self._lock:
             fetch.transfer = self._scheduler.submit(chunks, cause, deadline, wanters, fetch, self._clock())
-            for link_id in {link_id for _, link_ids in chunks for link_id in link_ids}:
-                self._wake(link_id)
+            for link_ids in {link_ids for _, link_ids in chunks}:
+                for link_id in link_ids:
+                    self._links[link_id].may_take_over |= len(link_ids) > 1
+                    self._wake(link_id)
         return fetch
 
     def promote(self, fetch: Fetch, cause: Cause, deadline: float, wanters: Collection[str] = ()) -> bool:
@@ -209,6 +220,9 @@ class Mover:
                 assert not any(fetch.transfer.is_cancelled for fetch in fetches), "nobody cancels what is waited for"
                 if self._step(range(len(self._links)), Cause.DEMAND) or self._poll():
                     continue
+                if (unchecked := next(filter(self._is_unchecked, fetches), None)) is not None:
+                    self._land(unchecked)
+                    continue
                 if self._flying:
                     self._backend.synchronize(self._flying[0][0])
                     continue
@@ -218,7 +232,7 @@ class Mover:
         if not self._backend.is_host:
             compute = self._backend.compute_stream()
             for fetch in fetches:
-                for event in fetch.events.values():
+                for event in fetch.events:
                     self._backend.wait(compute, event)
 
     def give_up(self, fetch: Fetch) -> None:
@@ -231,7 +245,7 @@ class Mover:
         with self._lock:
             for fetch in fetches:
                 self._scheduler.cancel(fetch.transfer)
-            while any(fetch.transfer.in_flight_count for fetch in fetches):
+            while any(fetch.transfer.in_flight_count or fetch.is_checking for fetch in fetches):
                 if self._poll():
                     continue
                 if self._flying:
@@ -252,6 +266,11 @@ class Mover:
             for _ in range(_FEED_COUNT):
                 if not self._step(links, Cause.MIGRATION):
                     break
+            if self._scheduler.has_work():
+                # A bank that is late by now loses what is queued for it to those that have replicas.
+                for link in self._links:
+                    if link.may_take_over and link.has_hands and not link.in_flight:
+                        link.work.notify()
 
     def poll(self) -> None:
         """Note what the device has finished."""
@@ -277,12 +296,12 @@ class Mover:
     def _sources(self, home: Home, piece: Piece) -> tuple[int, ...]:
         return tuple(self._link_ids[home.shards[place.shard_id].bank.name] for place in piece.places)
 
-    def _is_whole(self, fetch: Fetch) -> bool:
-        """Whether the slab goes in one chunk, because its digest is due before the device gets it."""
-        return not self._backend.is_host and fetch.home.needs_check(fetch.expert_id)
-
     def _is_readable(self, fetch: Fetch) -> bool:
         return fetch.has_landed or (not self._backend.is_host and not fetch.unissued_count)
+
+    def _is_unchecked(self, fetch: Fetch) -> bool:
+        """Whether the one who was to hold a slab against its digest has been ended."""
+        return self._backend.is_host and fetch.transfer.is_done and not (fetch.has_landed or fetch.is_checking)
 
     def _needs_hands(self, link: _Link) -> bool:
         """Whether carrying a chunk of this link blocks the thread, and there are others to do it."""
@@ -301,10 +320,10 @@ class Mover:
 
     def _serve(self, link_id: int) -> None:
         """The life of a hand."""
-        self._backend.adopt_thread()
-        affinity.precise_sleep()
         link = self._links[link_id]
         try:
+            self._backend.adopt_thread()
+            affinity.precise_sleep()
             with self._lock:
                 while not self._is_closed:
                     if not self._step((link_id,), Cause.MIGRATION):
@@ -342,17 +361,17 @@ class Mover:
         except BaseException:  # this thread is being ended: somebody else has to do it
             self._leave(chunk, link_id)
             self._scheduler.give_back(chunk, self._clock())
+            self._links[link_id].work.notify_all()
             self._changed.notify_all()
             raise
         if error is not None:
-            fetch.error = fetch.error or error
             self._leave(chunk, link_id)
             self._scheduler.complete(chunk, self._clock())
             self._scheduler.cancel(chunk.transfer)
-            self._observer.failed(self._links[link_id].bank.name)
+            self._fail(fetch, error, None if fetch.is_whole else link_id)
             self._changed.notify_all()
         elif event is not None:
-            fetch.events[link_id] = event
+            fetch.events.append(event)
             fetch.unissued_count -= 1
             self._flying.append((event, chunk))
             self._changed.notify_all()
@@ -361,7 +380,7 @@ class Mover:
 
     def _copy(self, fetch: Fetch, chunk: Chunk, link_id: int) -> Event | None:
         """Copy one chunk; on a device, the event behind it."""
-        if self._is_whole(fetch):
+        if fetch.is_whole:
             return self._copy_checked(fetch, link_id)
         home, piece = fetch.home, fetch.pieces[chunk.index]
         source = self._sources(home, piece).index(link_id)
@@ -446,20 +465,35 @@ class Mover:
         self._observer.moved(self._links[link_id].bank.name, chunk.byte_count, cause)
         is_last = self._scheduler.complete(chunk, self._clock())
         if is_last and fetch.error is None and not chunk.transfer.is_cancelled:
-            if self._backend.is_host and fetch.home.needs_check(fetch.expert_id):
-                with self._unlocked():
-                    error = _check(fetch)
-                if error is not None:
-                    fetch.error = error
-                    self._observer.failed(self._links[link_id].bank.name)
-            if fetch.error is None:
-                fetch.has_landed = True
-                self._observer.landed(cause, self._clock() - fetch.started_s)
+            self._land(fetch)
         # A link that was full may take more, and those that have replicas may take over what is queued for it.
         for other_id in chunk.link_ids:
             if self._links[other_id].has_hands:
                 self._links[other_id].work.notify()
         self._changed.notify_all()
+
+    def _land(self, fetch: Fetch) -> None:
+        """Every byte of a slab is there: hold it against its digest, where that is due."""
+        if self._backend.is_host and fetch.home.needs_check(fetch.expert_id):
+            fetch.is_checking = True
+            try:
+                with self._unlocked():
+                    error = _check(fetch)
+            finally:
+                fetch.is_checking = False
+                self._changed.notify_all()
+            if error is not None:
+                self._fail(fetch, error, None)
+                return
+        fetch.has_landed = True
+        self._observer.landed(fetch.transfer.cause, self._clock() - fetch.started_s)
+
+    def _fail(self, fetch: Fetch, error: Exception, link_id: int | None) -> None:
+        """A slab will not arrive, because of the bank of this link or, where that is not known, of any of its banks."""
+        fetch.error = fetch.error or error
+        names = fetch.home.bytes_by_bank([fetch.expert_id]) if link_id is None else [self._links[link_id].bank.name]
+        for name in names:
+            self._observer.failed(name)
 
     def _leave(self, chunk: Chunk, link_id: int) -> None:
         link = self._links[link_id]

@@ -12,14 +12,15 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator
+from itertools import accumulate
 from pathlib import Path
 
 from prometheus_client import REGISTRY, CollectorRegistry
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
-from vllm_moecxl.runtime.counters import Metric, Row, read_rows, sum_rows
+from vllm_moecxl.runtime.counters import FETCH_SECONDS_LE, Metric, Row, read_rows, sum_rows
 
 _FOLDER_VARIABLE = "VLLM_MOECXL_COUNTERS"
 _SUFFIX = ".counters"
@@ -70,12 +71,34 @@ class OffloadCollector(Collector):
 
     def collect(self) -> Iterator[Family]:
         families: dict[Metric, CounterMetricFamily | GaugeMetricFamily] = {}
-        for metric, labels, value in current_rows():
+        rows = current_rows()
+        if rows:
+            yield _fetch_seconds(rows)
+        for metric, labels, value in rows:
+            if metric in (Metric.FETCH_SECONDS_BUCKET, Metric.FETCH_SECONDS_SUM):
+                continue
             if metric not in families:
                 make = CounterMetricFamily if metric.is_counter else GaugeMetricFamily
                 families[metric] = make(metric.full_name, metric.documentation, labels=list(labels))
             families[metric].add_metric(list(labels.values()), value)
         yield from families.values()
+
+
+def _fetch_seconds(rows: Iterable[Row]) -> HistogramMetricFamily:
+    """The histogram that the rows of fetches are made for."""
+    buckets: dict[str, dict[str, float]] = {}
+    sums: dict[str, float] = {}
+    for metric, labels, value in rows:
+        if metric is Metric.FETCH_SECONDS_BUCKET:
+            buckets.setdefault(labels["cause"], {})[labels["le"]] = value
+        elif metric is Metric.FETCH_SECONDS_SUM:
+            sums[labels["cause"]] = value
+    name = Metric.FETCH_SECONDS_SUM.full_name.removesuffix("_sum")
+    family = HistogramMetricFamily(name, Metric.FETCH_SECONDS_SUM.documentation, labels=["cause"])
+    for cause, by_limit in buckets.items():
+        counts = accumulate(by_limit[le] for le in FETCH_SECONDS_LE)
+        family.add_metric([cause], list(zip(FETCH_SECONDS_LE, counts, strict=True)), sums[cause])
+    return family
 
 
 _COLLECTOR = OffloadCollector()

@@ -11,6 +11,7 @@ import mmap
 import operator
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
@@ -26,6 +27,10 @@ _WORD_BYTES = 8
 #: What the bytes of a bank are counted by.
 BANK_BYTES_KINDS = ("capacity", "used", "astray")
 
+#: Upper limits of the histogram of fetches, seconds: from a small slab out of DRAM to a large one off a slow disk.
+_FETCH_SECONDS_LIMITS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
+FETCH_SECONDS_LE = (*map(str, _FETCH_SECONDS_LIMITS), "+Inf")
+
 
 class Metric(Enum):
     """Our metrics: name without the prefix, help text, whether it only grows, what one count stands for, and how the
@@ -33,8 +38,9 @@ class Metric(Enum):
 
     LOOKUPS = ("lookups_total", "Experts looked up, once per layer and forward.", True, 1.0)
     FETCH_BYTES = ("fetch_bytes_total", "Bytes copied from a bank into slots or the layer buffer.", True, 1.0)
-    FETCH_SECONDS = ("fetch_seconds_total", "Seconds from asking for a slab to its arrival, added up.", True, 1e-9)
-    FETCHES = ("fetches_total", "Slabs that arrived in slots or the layer buffers.", True, 1.0)
+    #: Two rows of one histogram: slabs by how long they took, not cumulative, and the sum.
+    FETCH_SECONDS_BUCKET = ("fetch_seconds_bucket", "Slabs that arrived, by seconds from asking.", True, 1.0)
+    FETCH_SECONDS_SUM = ("fetch_seconds_sum", "Seconds from asking for a slab to its arrival, added up.", True, 1e-9)
     LINK_BUSY_SECONDS = ("link_busy_seconds_total", "Seconds in which a bank had copies under way.", True, 1e-9)
     STALL_SECONDS = ("stall_seconds_total", "Seconds that forwards waited for fetches.", True, 1e-9)
     PASSES = ("passes_total", "Kernel calls, by the kind of pass.", True, 1.0)
@@ -117,8 +123,11 @@ class Counters:
             for name in bank_names
             for cause in Cause
         }
-        self.fetch_ns = {cause: self._add(Metric.FETCH_SECONDS, cause=cause.name.lower()) for cause in Cause}
-        self.fetches = {cause: self._add(Metric.FETCHES, cause=cause.name.lower()) for cause in Cause}
+        self.fetch_buckets = {
+            cause: [self._add(Metric.FETCH_SECONDS_BUCKET, cause=cause.name.lower(), le=le) for le in FETCH_SECONDS_LE]
+            for cause in Cause
+        }
+        self.fetch_ns = {cause: self._add(Metric.FETCH_SECONDS_SUM, cause=cause.name.lower()) for cause in Cause}
         self.link_busy_ns = {name: self._add(Metric.LINK_BUSY_SECONDS, bank=name) for name in bank_names}
         self.stall_ns = self._add(Metric.STALL_SECONDS)
         self.prefetch = {outcome: self._add(Metric.PREFETCH, outcome=outcome.value) for outcome in PrefetchOutcome}
@@ -161,7 +170,8 @@ class Counters:
 
     def landed(self, cause: Cause, duration_s: float) -> None:
         """See `data.mover.Observer`."""
-        self.add({self.fetch_ns[cause]: int(duration_s * 1e9), self.fetches[cause]: 1})
+        bucket = bisect_left(_FETCH_SECONDS_LIMITS, duration_s)
+        self.add({self.fetch_ns[cause]: int(duration_s * 1e9), self.fetch_buckets[cause][bucket]: 1})
 
     def failed(self, bank_name: str) -> None:
         """See `data.mover.Observer`."""

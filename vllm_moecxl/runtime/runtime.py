@@ -250,10 +250,10 @@ class OffloadRuntime:
 
     def forget(self, request_ids: Collection[str]) -> None:
         """Requests have ended or were cancelled: what was being fetched for nobody else is given up."""
-        for request_id in request_ids:
-            self._mover.forget(request_id)
-        for dispatch in self.dispatches.values():
-            dispatch.slots.settle()
+        given_up = [fetch for request_id in request_ids for fetch in self._mover.forget(request_id)]
+        if given_up:
+            for dispatch in self.dispatches.values():
+                dispatch.slots.settle()
 
     def watch(self) -> None:
         """Look after the sidecar; called once a step."""
