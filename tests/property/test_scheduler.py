@@ -13,15 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_moecxl.control import scheduler as module
-from vllm_moecxl.control.scheduler import (
-    RATE_RECOVERY_S,
-    RATE_WINDOWS,
-    STALE_ENTRIES_MAX,
-    Chunk,
-    LinkLimits,
-    Scheduler,
-    Transfer,
-)
+from vllm_moecxl.control.links import RATE_RECOVERY_S, RATE_WINDOWS, LinkLimits
+from vllm_moecxl.control.scheduler import STALE_ENTRIES_MAX, Chunk, Scheduler, Transfer
 from vllm_moecxl.types import Cause
 
 T = TypeVar("T")

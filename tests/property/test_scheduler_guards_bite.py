@@ -7,7 +7,8 @@ import pytest
 from tests.property import test_scheduler
 from tests.property.test_guards_bite import take_out
 from vllm_moecxl.control import scheduler as module
-from vllm_moecxl.control.scheduler import Scheduler, _Fairness, _Link, _Offer, _Queue
+from vllm_moecxl.control.links import Fairness, Link, Offer
+from vllm_moecxl.control.scheduler import Queue, Scheduler
 
 #: A type error is two chunks that nothing but their identity tells apart.
 _BITES = (AssertionError, IndexError, KeyError, ValueError, TypeError, pytest.fail.Exception)
@@ -16,8 +17,8 @@ _BITES = (AssertionError, IndexError, KeyError, ValueError, TypeError, pytest.fa
 def test_a_function_that_is_compiled_again_unchanged_bites_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     for owner, name, guard in (
         (Scheduler, "next", "return chunk"),
-        (_Queue, "head", "return None"),
-        (_Link, "measure", "window_bytes + byte_count"),
+        (Queue, "head", "return None"),
+        (Link, "measure", "window_bytes + byte_count"),
     ):
         take_out(monkeypatch, owner, name, guard, guard)
     test_scheduler.check_seeds(range(5))
@@ -149,9 +150,9 @@ def test_a_function_that_is_compiled_again_unchanged_bites_nobody(monkeypatch: p
             "1",
             id="turns are counted in bytes",
         ),
-        pytest.param(_Offer, "take", "self.ahead_bytes += chunk.byte_count", "pass", id="a transfer's chunks spread"),
-        pytest.param(_Offer, "__init__", "link.in_flight_bytes + ", "", id="what is in flight burdens a replica"),
-        pytest.param(_Offer, "__init__", " + link.queued_up_to(cause)", "", id="what is queued burdens a replica"),
+        pytest.param(Offer, "take", "self.ahead_bytes += chunk.byte_count", "pass", id="a transfer's chunks spread"),
+        pytest.param(Offer, "__init__", "link.in_flight_bytes + ", "", id="what is in flight burdens a replica"),
+        pytest.param(Offer, "__init__", " + link.queued_up_to(cause)", "", id="what is queued burdens a replica"),
         pytest.param(Scheduler, "_queue", "if link_id != chunk.link_id:", "if False:", id="an idle link steals"),
         pytest.param(Scheduler, "_best_of_others", "sorted(", "reversed(", id="the best is stolen first"),
         pytest.param(
@@ -181,50 +182,50 @@ def test_a_function_that_is_compiled_again_unchanged_bites_nobody(monkeypatch: p
             module, "_heads", " and entry[0] <= cause_max", "", id="no class beyond the one that is asked for"
         ),
         pytest.param(
-            _Queue, "head", "if entry[-1]._entry is entry:", "if True:", id="an entry that was removed is not given"
+            Queue, "head", "if entry[-1]._entry is entry:", "if True:", id="an entry that was removed is not given"
         ),
-        pytest.param(_Queue, "head", "self._stale_count -= 1", "pass", id="what surfaced is not counted any more"),
-        pytest.param(_Queue, "remove", "chunk._entry = None", "pass", id="a removed chunk is not queued"),
-        pytest.param(_Queue, "remove", "self._stale_count = 0", "pass", id="a sweep starts a new count"),
-        pytest.param(_Queue, "remove", "if entry[-1]._entry is entry", "", id="a sweep removes what it says"),
+        pytest.param(Queue, "head", "self._stale_count -= 1", "pass", id="what surfaced is not counted any more"),
+        pytest.param(Queue, "remove", "chunk._entry = None", "pass", id="a removed chunk is not queued"),
+        pytest.param(Queue, "remove", "self._stale_count = 0", "pass", id="a sweep starts a new count"),
+        pytest.param(Queue, "remove", "if entry[-1]._entry is entry", "", id="a sweep removes what it says"),
         pytest.param(
-            _Queue, "remove", "heapify(self._entries)", "self._entries.reverse()", id="a sweep keeps the order"
+            Queue, "remove", "heapify(self._entries)", "self._entries.reverse()", id="a sweep keeps the order"
         ),
         pytest.param(
-            _Queue, "push", "chunk._queue = self", "chunk._queue = getattr(chunk, '_queue', self)", id="its heap"
+            Queue, "push", "chunk._queue = self", "chunk._queue = getattr(chunk, '_queue', self)", id="its heap"
         ),
-        pytest.param(_Queue, "push", "transfer.cause, ", "0, ", id="the class goes before the deadline"),
-        pytest.param(_Queue, "push", "transfer.deadline, ", "0, ", id="the deadline goes before fairness"),
-        pytest.param(_Queue, "push", "chunk._tag, ", "0, ", id="fairness goes before the order of submission"),
-        pytest.param(_Fairness, "enter", "payer = min(", "payer = max(", id="who was served least pays"),
-        pytest.param(_Fairness, "enter", "max(paid.get(payer, 0), self.clock)", "paid.get(payer, 0)", id="no savings"),
-        pytest.param(_Fairness, "enter", "max(paid.get(payer, 0), self.clock)", "self.clock", id="no credit"),
-        pytest.param(_Fairness, "enter", "paid.get(wanter, 0), wanter)", "wanter)", id="paid bytes decide who pays"),
-        pytest.param(_Fairness, "enter", "wanters or _NOBODY", "wanters", id="nobody is a wanter"),
-        pytest.param(_Link, "begin", "if not self.in_flight_bytes:", "if True:", id="a busy link's time goes on"),
+        pytest.param(Queue, "push", "transfer.cause, ", "0, ", id="the class goes before the deadline"),
+        pytest.param(Queue, "push", "transfer.deadline, ", "0, ", id="the deadline goes before fairness"),
+        pytest.param(Queue, "push", "chunk._tag, ", "0, ", id="fairness goes before the order of submission"),
+        pytest.param(Fairness, "enter", "payer = min(", "payer = max(", id="who was served least pays"),
+        pytest.param(Fairness, "enter", "max(paid.get(payer, 0), self.clock)", "paid.get(payer, 0)", id="no savings"),
+        pytest.param(Fairness, "enter", "max(paid.get(payer, 0), self.clock)", "self.clock", id="no credit"),
+        pytest.param(Fairness, "enter", "paid.get(wanter, 0), wanter)", "wanter)", id="paid bytes decide who pays"),
+        pytest.param(Fairness, "enter", "wanters or _NOBODY", "wanters", id="nobody is a wanter"),
+        pytest.param(Link, "begin", "if not self.in_flight_bytes:", "if True:", id="a busy link's time goes on"),
         pytest.param(
-            _Link,
+            Link,
             "begin",
             "self._seconds_per_byte = self.seconds_per_byte(now_s)",
             "pass",
             id="what has recovered stays recovered",
         ),
-        pytest.param(_Link, "measure", "self.busy_since_s = now_s", "pass", id="no time counts twice"),
+        pytest.param(Link, "measure", "self.busy_since_s = now_s", "pass", id="no time counts twice"),
         pytest.param(
-            _Link, "seconds_per_byte", "if self.in_flight_bytes:", "if False:", id="a hanging bank does not recover"
+            Link, "seconds_per_byte", "if self.in_flight_bytes:", "if False:", id="a hanging bank does not recover"
         ),
         pytest.param(
-            _Link,
+            Link,
             "seconds_per_byte",
             "max(self._seconds_per_byte, since_s / self.in_flight_bytes)",
             "self._seconds_per_byte",
             id="overdue is slow",
         ),
         pytest.param(
-            _Link, "seconds_per_byte", "math.exp2(-since_s / RATE_RECOVERY_S)", "1.0", id="an idle bank recovers"
+            Link, "seconds_per_byte", "math.exp2(-since_s / RATE_RECOVERY_S)", "1.0", id="an idle bank recovers"
         ),
-        pytest.param(_Link, "queued_up_to", "[: cause + 1]", "", id="only its class and better delay a chunk"),
-        pytest.param(_Link, "completion_s", "self.limits.latency_s + ", "", id="latency counts"),
+        pytest.param(Link, "queued_up_to", "[: cause + 1]", "", id="only its class and better delay a chunk"),
+        pytest.param(Link, "completion_s", "self.limits.latency_s + ", "", id="latency counts"),
     ],
 )
 def test_the_oracle_notices_a_scheduler_without(
@@ -239,22 +240,22 @@ def test_the_oracle_notices_a_scheduler_without(
     ("owner", "name", "guard", "instead"),
     [
         pytest.param(
-            _Queue,
+            Queue,
             "remove",
             "self._stale_count > max(STALE_ENTRIES_MAX, len(self._entries) // 2)",
             "False",
             id="removed entries are swept",
         ),
-        pytest.param(_Queue, "remove", "len(self._entries) // 2", "0", id="but seldom"),
+        pytest.param(Queue, "remove", "len(self._entries) // 2", "0", id="but seldom"),
         pytest.param(
-            _Queue,
+            Queue,
             "push",
             "heappush(self._entries, entry)",
             "self._entries.append(entry); self._entries.sort()",
             id="heap",
         ),
         pytest.param(
-            _Queue, "head", "entry = entries[0]", "heapify(entries); entry = entries[0]", id="a head is found at once"
+            Queue, "head", "entry = entries[0]", "heapify(entries); entry = entries[0]", id="a head is found at once"
         ),
     ],
 )

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from vllm_moecxl.control.scheduler import RATE_RECOVERY_S, Chunk, LinkLimits, Scheduler, Transfer
+from vllm_moecxl.control.links import RATE_RECOVERY_S, LinkLimits
+from vllm_moecxl.control.scheduler import Chunk, Scheduler, Transfer
 from vllm_moecxl.types import Cause
 
 SIZE = 1000

@@ -8,38 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 
+from vllm_moecxl.control.links import Link, LinkLimits, Offer
 from vllm_moecxl.types import Cause
 
-#: A link's rate is averaged over about so many times the bytes that it may have in flight.
-#: Source: a planning figure: short enough to leave a slow bank within tens of milliseconds, longer than a hiccup.
-RATE_WINDOWS = 4
-#: A link that copies nothing is believed to return to its profile's rate, half of the way in this time: a bank that
-#: was slow once has lost its work to its replicas, and nothing else would ever show that it is fast again.
-#: Source: a planning figure: one slow chunk in some seconds is the price of finding out.
-RATE_RECOVERY_S = 1.0
 #: Removed entries that a heap may hold without being swept, however few others it has.
 STALE_ENTRIES_MAX = 32
-
-#: Who pays for a transfer that nobody wants by name: together they are one wanter.
-_NOBODY = ("",)
-
-
-@dataclass(frozen=True)
-class LinkLimits:
-    """What the profile of a bank says about its link.
-
-    Attributes:
-        latency_s: of a read from the idle bank, without the bytes' own time.
-        bytes_per_s: of reads.
-        in_flight_bytes_max: more bytes than this at a time make it no faster.
-    """
-
-    latency_s: float
-    bytes_per_s: float
-    in_flight_bytes_max: int
 
 
 class Transfer:
@@ -104,7 +79,7 @@ class Chunk:
         self.link_id = link_ids[0]
         self._serial = serial
         self._tag = 0
-        self._queue: _Queue
+        self._queue: Queue
         self._entry: _Entry | None = None  # where it is queued; any other entry of it is stale
         self._is_in_flight = False
 
@@ -124,9 +99,9 @@ class Scheduler:
     """
 
     def __init__(self, links: Sequence[LinkLimits]) -> None:
-        self._links = [_Link(limits) for limits in links]
+        self._links = [Link(limits) for limits in links]
         #: For each link, the queues of others whose chunks it could copy too.
-        self._stealable: list[list[_Queue]] = [[] for _ in links]
+        self._stealable: list[list[Queue]] = [[] for _ in links]
         self._serial = 0
         #: wanter -> transfers under way that it wants, in the order of wanting.
         self._wanted: dict[str, dict[Transfer, None]] = {}
@@ -299,13 +274,13 @@ class Scheduler:
 
     def _assign(self, transfer: Transfer, chunks: Iterable[Chunk], now_s: float) -> None:
         """Queue chunks at the link that is predicted to have each first, the home where it makes no difference."""
-        offers: dict[int, _Offer] = {}
+        offers: dict[int, Offer] = {}
         for chunk in chunks:
             best_s = math.inf
             for link_id in chunk.link_ids:
                 offer = offers.get(link_id)
                 if offer is None:
-                    offer = offers[link_id] = _Offer(self._links[link_id], transfer.cause, now_s)
+                    offer = offers[link_id] = Offer(self._links[link_id], transfer.cause, now_s)
                 if (completion_s := offer.completion_s(chunk.byte_count)) < best_s:
                     best_s, chunk.link_id = completion_s, link_id
             offers[chunk.link_id].take(chunk)
@@ -322,7 +297,7 @@ class Scheduler:
         link = self._links[chunk.link_id]
         queue = link.queues.get(chunk.link_ids)
         if queue is None:
-            queue = link.queues[chunk.link_ids] = _Queue()
+            queue = link.queues[chunk.link_ids] = Queue()
             for link_id in chunk.link_ids:
                 if link_id != chunk.link_id:
                     self._stealable[link_id].append(queue)
@@ -360,11 +335,11 @@ class Scheduler:
         transfer._chunks = []
 
 
-def _heads(queues: Iterable[_Queue], cause_max: Cause) -> list[_Entry]:
+def _heads(queues: Iterable[Queue], cause_max: Cause) -> list[_Entry]:
     return [entry for queue in queues if (entry := queue.head()) and entry[0] <= cause_max]
 
 
-class _Queue:
+class Queue:
     """Chunks queued at one link that the same links hold, as a heap. What is removed stays in it until it surfaces."""
 
     __slots__ = ("_entries", "_stale_count")
@@ -401,88 +376,3 @@ class _Queue:
             self._entries = [entry for entry in self._entries if entry[-1]._entry is entry]
             heapify(self._entries)
             self._stale_count = 0
-
-
-class _Fairness:
-    """Start-time fair queueing of one class at one link.
-
-    A packet's tag is the bytes that its payer had queued here before it, or the tag in service where that is later:
-    who was idle has saved nothing. Source: Goyal, Vin, Cheng, "Start-time Fair Queuing", SIGCOMM 1996.
-    """
-
-    __slots__ = ("clock", "paid_bytes")
-
-    def __init__(self) -> None:
-        self.clock = 0
-        self.paid_bytes: dict[str, int] = {}
-
-    def enter(self, wanters: Collection[str], byte_count: int) -> int:
-        """Tag of a new packet. Of its wanters, the one that was served least pays for it."""
-        paid = self.paid_bytes
-        payer = min(wanters or _NOBODY, key=lambda wanter: (paid.get(wanter, 0), wanter))
-        tag = max(paid.get(payer, 0), self.clock)
-        paid[payer] = tag + byte_count
-        return tag
-
-
-class _Offer:
-    """What one link has to offer to the chunks of one transfer, beside those of them that it was given already."""
-
-    __slots__ = ("ahead_bytes", "chunks", "seconds_per_byte", "start_s")
-
-    def __init__(self, link: _Link, cause: Cause, now_s: float) -> None:
-        self.ahead_bytes = link.in_flight_bytes + link.queued_up_to(cause)
-        self.seconds_per_byte = link.seconds_per_byte(now_s)
-        self.start_s = now_s + link.limits.latency_s
-        self.chunks: list[Chunk] = []
-
-    def completion_s(self, byte_count: int) -> float:
-        return self.start_s + (self.ahead_bytes + byte_count) * self.seconds_per_byte
-
-    def take(self, chunk: Chunk) -> None:
-        self.ahead_bytes += chunk.byte_count
-        self.chunks.append(chunk)
-
-
-class _Link:
-    """Load and rate of one link."""
-
-    def __init__(self, limits: LinkLimits) -> None:
-        assert limits.latency_s >= 0 and limits.bytes_per_s > 0 and limits.in_flight_bytes_max > 0
-        self.limits = limits
-        self.queues: dict[tuple[int, ...], _Queue] = {}  # by the links that hold their chunks
-        self.queued_bytes = [0 for _ in Cause]
-        self.fairness = [_Fairness() for _ in Cause]
-        self.in_flight_bytes = 0
-        #: The time before is accounted for: start of the first chunk in flight, or end of the last that was complete.
-        self.busy_since_s = 0.0
-        self._seconds_per_byte = self._profiled_seconds_per_byte = 1 / limits.bytes_per_s
-
-    def queued_up_to(self, cause: int) -> int:
-        """Bytes queued of `cause` and better classes."""
-        return sum(self.queued_bytes[: cause + 1])
-
-    def begin(self, byte_count: int, now_s: float) -> None:
-        if not self.in_flight_bytes:
-            self._seconds_per_byte = self.seconds_per_byte(now_s)
-            self.busy_since_s = now_s
-        self.in_flight_bytes += byte_count
-
-    def measure(self, byte_count: int, now_s: float) -> None:
-        """Average in the time of `byte_count` bytes: since the link began, or since the bytes before were complete."""
-        # By bytes, so that neither a short chunk nor two that are seen complete at once distort the average.
-        window_bytes = RATE_WINDOWS * self.limits.in_flight_bytes_max
-        busy_s = max(now_s - self.busy_since_s, 0.0)
-        self._seconds_per_byte = (self._seconds_per_byte * window_bytes + busy_s) / (window_bytes + byte_count)
-        self.busy_since_s = now_s
-
-    def seconds_per_byte(self, now_s: float) -> float:
-        since_s = max(now_s - self.busy_since_s, 0.0)
-        if self.in_flight_bytes:  # overdue is slow, before it is complete: a bank that stalls gets nothing more
-            return max(self._seconds_per_byte, since_s / self.in_flight_bytes)
-        excess = self._seconds_per_byte - self._profiled_seconds_per_byte
-        return self._profiled_seconds_per_byte + (excess and excess * math.exp2(-since_s / RATE_RECOVERY_S))
-
-    def completion_s(self, byte_count: int, now_s: float) -> float:
-        """When `byte_count` bytes would be complete behind those in flight."""
-        return now_s + self.limits.latency_s + (self.in_flight_bytes + byte_count) * self.seconds_per_byte(now_s)

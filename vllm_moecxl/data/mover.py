@@ -18,7 +18,8 @@ from typing import Protocol
 
 import torch
 
-from vllm_moecxl.control.scheduler import Chunk, LinkLimits, Scheduler, Transfer
+from vllm_moecxl.control.links import LinkLimits
+from vllm_moecxl.control.scheduler import Chunk, Scheduler, Transfer
 from vllm_moecxl.data.banks.base import Bank
 from vllm_moecxl.data.banks.memory import MemoryRows
 from vllm_moecxl.data.devices.base import DeviceBackend, Event
