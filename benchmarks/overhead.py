@@ -74,7 +74,7 @@ def control_path(call_count: int, round_count: int) -> Result:
 def compare(model: str, pair_count: int) -> Result:
     """Both engines side by side in this process, in turn: each pair of neighbours gives one ratio."""
     plain = make_engine(Path(model), slots=None)
-    offloaded = make_engine(Path(model), slots="100%")
+    offloaded = make_engine(Path(model), slots="100%", moe_offload={"in_place": "never"})
     _require_full_hits(offloaded)
     results = {}
     for work, (sequence_count, prompt_length, new_count) in _WORK.items():

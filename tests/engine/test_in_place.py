@@ -1,4 +1,4 @@
-"""Layers that run straight from their homes: the choice is the user's or the cheaper one, and the tokens are the same."""
+"""Layers that run straight from their homes: by the user's choice or the cheaper one, with the same tokens."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ from vllm_moecxl.types import SlotState
 #: Decodes of several requests, in whose midst something happens, and a long prefill among decodes after it.
 _SCENARIOS = (SCENARIOS[1], SCENARIOS[2])
 _STEP = 8
+_SLAB_BYTES = 3 * 128 * 256 * 2
 #: A thread that has not done by then what it is asked for never will.
 _PATIENCE_S = 20.0
 
@@ -198,7 +199,7 @@ def test_without_a_sidecar(fixture_model: str, equality: Equality) -> None:
     assert metrics["sidecar_up{}"] == 0 and metrics["sidecar_cpu_seconds_total{}"] == 0
     assert metrics["passes_total{layer_buffer}"] > 0
     assert not any(value for name, value in metrics.items() if name.startswith("prefetch_total"))
-    assert not any(value for name, value in metrics.items() if name.startswith("fetches_total{prefetch"))
+    assert metrics["fetch_bytes_total{dram,prefetch}"] == 0 < metrics["fetch_bytes_total{dram,demand}"]
 
 
 def test_a_long_prefill_finds_the_next_layers_experts_in_the_other_layer_buffer(
@@ -219,7 +220,7 @@ def test_a_long_prefill_finds_the_next_layers_experts_in_the_other_layer_buffer(
     monkeypatch.setattr(Dispatch, "bring_ahead", bring_in_time)
     in_time = _serve(equality, "looking ahead, in time", fixture_model, layer_buffer=True)
     assert in_time["prefetch_total{useful}"] > 0 and in_time["prefetch_total{late}"] == 0
-    assert in_time["fetches_total{prefetch}"] >= in_time["prefetch_total{useful}"]
+    assert in_time["fetch_bytes_total{dram,prefetch}"] >= in_time["prefetch_total{useful}"] * _SLAB_BYTES
 
 
 def test_a_slow_bank(fixture_model: str, equality: Equality) -> None:

@@ -128,9 +128,9 @@ class ResidencyMachine(RuleBasedStateMachine):
         return sorted(set(self.expert_ids) - self.resident.keys() - self.filling.keys())
 
     @precondition(lambda self: self.absent())
-    @rule(data=st.data(), keep=st.sets(st.integers(0, 5)))
-    def begin_fill(self, data: Draw, keep: set[int]) -> None:
-        self.fill(data.draw(st.sampled_from(self.absent()), "expert"), keep)
+    @rule(data=st.data(), keep=st.sets(st.integers(0, 5)), is_urgent=st.booleans())
+    def begin_fill(self, data: Draw, keep: set[int], *, is_urgent: bool) -> None:
+        self.fill(data.draw(st.sampled_from(self.absent()), "expert"), keep, is_urgent=is_urgent)
 
     @precondition(lambda self: self.absent())
     @rule(data=st.data(), keep=st.sets(st.integers(0, 5)))
@@ -145,19 +145,19 @@ class ResidencyMachine(RuleBasedStateMachine):
     def end_fill(self, data: Draw, *, arrives: bool) -> None:
         self.end(data.draw(st.sampled_from(sorted(self.filling)), "expert"), arrives=arrives)
 
-    def fill(self, expert_id: int, keep: set[int]) -> None:
+    def fill(self, expert_id: int, keep: set[int], *, is_urgent: bool = True) -> None:
         mask = np.isin(np.arange(len(self.expert_ids)), list(keep))
         evictable = {e: s for e, s in self.resident.items() if not self.is_held(s)}
         dispensable = {e: s for e, s in evictable.items() if e not in keep}
-        slot_id = self.residency.begin_fill(expert_id, mask)
+        slot_id = self.residency.begin_fill(expert_id, mask, is_urgent=is_urgent)
+        victims = dispensable or evictable if is_urgent else dispensable
         if self.free:
             assert slot_id in self.free
             self.free.remove(slot_id)
-        elif not evictable:
+        elif not victims:
             assert slot_id is None
             return
         else:
-            victims = dispensable or evictable
             victim = min(victims, key=lambda e: (self.read_at[victims[e]], victims[e]))
             assert slot_id == victims[victim]
             del self.resident[victim]

@@ -52,9 +52,13 @@ def mutated_text(rng: random.Random) -> str:
 def mutated_options(rng: random.Random) -> dict[Any, Any]:
     values = [mutated_text(rng), mutated_text(rng), rng.choice(_ODD)]
     options: dict[Any, Any] = {"mode": rng.choice(["cxl", "cxl", "cxl", "off", *values])}
-    names = ("slots", "banks", "stripe", "verify", "placement_trace", "pack_to", "eviction", "passes", "layer_buffer")
+    names = (
+        *("slots", "banks", "stripe", "verify", "placement_trace", "pack_to", "eviction", "passes", "layer_buffer"),
+        *("strict_placement", "in_place", "sidecar"),
+    )
     for name in rng.sample(names, rng.randint(0, 3)):
         good = {"stripe": "all", "verify": "fetch", "eviction": "lru", "passes": "fast", "layer_buffer": True}
+        good |= {"strict_placement": True, "in_place": "always", "sidecar": False}
         options[name] = rng.choice([*values, good.get(name, "dram"), [rng.choice(values) for _ in range(3)]])
     if rng.random() < 0.1:
         options[rng.choice([*values[:2], 7, None])] = rng.choice(_ODD)

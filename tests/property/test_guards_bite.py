@@ -13,13 +13,17 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import run_state_machine_as_test
 
-from tests.property import test_dispatch, test_passes
+from tests.property import test_dispatch, test_layers, test_passes
 from tests.property.residency_machine import ResidencyMachine
 from vllm_moecxl.control import passes
 from vllm_moecxl.control.eviction import LeastRecentlyUsed
 from vllm_moecxl.control.residency import Residency
+from vllm_moecxl.data.mover import Mover
 from vllm_moecxl.errors import TransferError
 from vllm_moecxl.runtime.dispatch import Dispatch
+from vllm_moecxl.runtime.layer_buffer import LayerBuffer
+from vllm_moecxl.runtime.slots import SlotCache
+from vllm_moecxl.types import PassKind
 
 #: The first failure is enough: no shrinking, nothing kept.
 _SEARCH = settings(max_examples=400, stateful_step_count=40, phases=[Phase.generate], report_multiple_bugs=False)
@@ -30,7 +34,7 @@ Owner = type | ModuleType
 
 def take_out(monkeypatch: pytest.MonkeyPatch, owner: Owner, name: str, guard: str, instead: str) -> None:
     """Replace `guard`, found once in the source of `owner.name`, by `instead`."""
-    function = getattr(owner, name)
+    function = inspect.unwrap(getattr(owner, name))
     source = textwrap.dedent(inspect.getsource(function))
     assert source.count(guard) == 1, f"{guard!r} is not in {name} exactly once: the test lags behind the source"
     # `compile` inherits this file's future import, so that annotations stay text.
@@ -47,12 +51,16 @@ def search(check: Callable[[Any], None], inputs: st.SearchStrategy[Any]) -> None
 def test_a_function_that_is_compiled_again_unchanged_bites_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     for owner, name, guard in (
         (Residency, "begin_fill", "return slot_id"),
-        (Dispatch, "_make_resident", "if not missing:"),
+        (Dispatch, "_slow", "distinct.size - missing.size"),
+        (SlotCache, "_take_slot", "if self._unfinished:"),
+        (LayerBuffer, "bring", "if cause is Cause.PREFETCH:"),
+        (Mover, "wait", "if fetch.error is not None:"),
         (passes, "token_passes", "while remaining.size:"),
     ):
         take_out(monkeypatch, owner, name, guard, guard)
     run_state_machine_as_test(ResidencyMachine, settings=settings(_SEARCH, max_examples=15))
     settings(_SEARCH, max_examples=15)(given(test_dispatch.scenarios())(test_dispatch.check_scenario))()
+    settings(_SEARCH, max_examples=15)(given(test_layers.stories())(test_layers.check_story))()
 
 
 @pytest.mark.parametrize(
@@ -64,7 +72,12 @@ def test_a_function_that_is_compiled_again_unchanged_bites_nobody(monkeypatch: p
         pytest.param(Residency, "begin_fill", "(self._state == SlotState.RESIDENT) & ", "", id="nor a filling one"),
         pytest.param(Residency, "begin_fill", " & ~keep[self._expert_of]", "", id="needed experts are kept"),
         pytest.param(
-            Residency, "begin_fill", "if dispensable.any():", "if True:", id="needed ones are evicted at the very last"
+            *(Residency, "begin_fill", "if dispensable.any() or not is_urgent:", "if True:"),
+            id="needed ones are evicted at the very last",
+        ),
+        pytest.param(
+            *(Residency, "begin_fill", "if dispensable.any() or not is_urgent:", "if dispensable.any():"),
+            id="and only if it is urgent",
         ),
         pytest.param(
             Residency,
@@ -186,6 +199,22 @@ def test_the_state_machine_notices_a_residency_without(
             "resident[expert_ids]",
             id="resident first",
         ),
+        pytest.param(
+            *(test_passes.check_split, "split_resident", "if is_ready.all() or not is_ready.any():", "if False:"),
+            id="a split has two parts",
+        ),
+        pytest.param(
+            *(test_passes.check_split, "split_resident", ".all(axis=1)", ".any(axis=1)"),
+            id="what goes first has all it needs",
+        ),
+        pytest.param(
+            *(test_passes.check_fetch_counts, "fetch_counts", "chosen & ~resident", "chosen"),
+            id="fetches are of what is absent",
+        ),
+        pytest.param(
+            *(test_passes.check_fetch_counts, "fetch_counts", "resident = _after_pass", "_after_pass"),
+            id="a pass finds what the one before has left",
+        ),
     ],
 )
 def test_the_pass_properties_notice_a_plan_without(
@@ -197,78 +226,229 @@ def test_the_pass_properties_notice_a_plan_without(
 
 
 @pytest.mark.parametrize(
-    ("name", "guard", "instead"),
+    ("owner", "name", "guard", "instead"),
     [
+        # Dispatch
+        pytest.param(Dispatch, "__call__", "if not routes.size:", "if False:", id="an empty batch is nothing to lease"),
         pytest.param(
-            "_make_resident",
-            "self.residency.lease(cached) if cached.size else None",
-            "None",
-            id="what a pass has is held while it fetches the rest",
+            *(Dispatch, "__call__", "self.slots.end(lease)", "pass"),
+            id="a full hit ends its lease",
+        ),
+        pytest.param(Dispatch, "_run_resident", "self.slots.end(lease)", "pass", id="a pass ends its lease"),
+        pytest.param(Dispatch, "_run_rows", "self._bind(rows)", "pass", id="the layer buffer is bound"),
+        pytest.param(
+            *(Dispatch, "_run_rows"),
+            "self._bind(self.slots.cells.tensors if self._in_place_rows is None else self._in_place_rows)",
+            *("pass",),
+            id="the slots are bound again",
         ),
         pytest.param(
-            "_make_resident", "self.residency.abort_fill(slot_id)", "pass", id="a failed fetch frees its slots"
-        ),
-        pytest.param(
-            "_make_resident",
-            "self.residency.abort_fill(slot_id)",
-            "self.residency.complete_fill(slot_id)",
-            id="a failed fetch leaves no half slab resident",
-        ),
-        pytest.param("_make_resident", "self.residency.release(hold)", "pass", id="that hold ends"),
-        pytest.param("_make_resident", "self._count_slots()", "pass", id="slots are counted"),
-        pytest.param("_run_resident", "self.residency.release(lease)", "pass", id="a pass ends its lease"),
-        pytest.param("__call__", "self.residency.release(lease)", "pass", id="a full hit ends its lease"),
-        pytest.param("_run_rows", "self._bind(self.slots.tensors)", "pass", id="the slots are bound again"),
-        pytest.param("_run_rows", "self._bind(rows)", "pass", id="the layer buffer is bound"),
-        pytest.param(
-            "_run_layer_buffer",
-            "buffer.take(self.slots, [self.residency.resident_slot(expert_id) for expert_id in cached], cached)",
-            "pass",
+            *(Dispatch, "_run_layer_buffer"),
+            "buffer.take(self.slots.cells, lease.slot_ids.tolist(), cached.tolist())",
+            *("pass",),
             id="the layer buffer takes what is in slots",
         ),
         pytest.param(
-            "_run_expert_passes",
-            "torch.where(self._backend.to_device(mine), topk_weights, 0)",
-            "topk_weights",
+            *(Dispatch, "_run_layer_buffer", "rows[cached] = lease.slot_ids", "pass"),
+            id="behind the slots it is not asked for what they have",
+        ),
+        pytest.param(
+            *(Dispatch, "_run_layer_buffer", "buffer.bring(absent, Cause.DEMAND, position)"),
+            *("buffer.bring(distinct.tolist(), Cause.DEMAND, position)",),
+            id="what is in slots is not fetched for the layer buffer",
+        ),
+        pytest.param(
+            *(Dispatch, "_run_expert_passes"),
+            *("torch.where(self._backend.to_device(mine), topk_weights, 0)", "topk_weights"),
             id="routes of other passes weigh nothing",
         ),
         pytest.param(
-            "_run_token_passes", "output.index_copy_(0, rows, result)", "output[: len(rows)] = result", id="token order"
+            *(Dispatch, "_run_token_passes", "output.index_copy_(0, rows, result)", "output[: len(rows)] = result"),
+            id="token order",
         ),
-        pytest.param("_run_token_passes", "topk_weights[rows]", "topk_weights[: len(rows)]", id="each token's weights"),
-        pytest.param("__call__", "if not routes.size:", "if False:", id="an empty batch is nothing to lease"),
         pytest.param(
-            "rehearse",
-            "self.residency.require_known(np.unique(host_ids.numpy().view(np.uint32)))",
-            "pass",
+            *(Dispatch, "_run_token_passes", "topk_weights[rows]", "topk_weights[: len(rows)]"),
+            id="each token's weights",
+        ),
+        pytest.param(
+            *(Dispatch, "rehearse"),
+            *("self.slots.residency.require_known(np.unique(host_ids.numpy().view(np.uint32)))", "pass"),
             id="a rehearsal checks its ids too",
         ),
         pytest.param(
-            "rehearse",
-            "self._kernel(x, topk_weights, self._backend.to_device(host_ids % self.slots.cell_count))",
-            "self(x, topk_weights, topk_ids)",
+            *(Dispatch, "rehearse"),
+            "self._kernel(x, topk_weights, self._backend.to_device(host_ids % self.slots.cells.cell_count))",
+            *("self(x, topk_weights, topk_ids)",),
             id="a rehearsal leaves the slots alone",
         ),
         pytest.param(
-            "rehearse",
-            "self._run_rows(self.layer_buffer.tensors, x, topk_weights, host_ids)",
-            "self._run_layer_buffer(x, topk_weights, host_ids, np.unique(host_ids.numpy()).astype(np.int64))",
+            *(Dispatch, "rehearse"),
+            "self._run_rows(self.buffer.cells.tensors, x, topk_weights, host_ids)",
+            "self._run_layer_buffer(x, topk_weights, host_ids, np.unique(host_ids.numpy()).astype(np.int64), 0.0)",
             id="a rehearsal fetches nothing into the layer buffer",
         ),
-        pytest.param("rehearse", "host_ids % self.slots.cell_count", "host_ids", id="a rehearsal stays in the slots"),
-        pytest.param("rehearse", "self._backend.is_host and ", "", id="a device cannot read homes"),
-        pytest.param("rehearse", "if not host_ids.numel():", "if False:", id="an empty batch rehearses nothing"),
         pytest.param(
-            "_fetch",
-            "self._counters.values[self._counters.bank_up[bank_name]] = 0",
-            "pass",
-            id="a bank that cannot be read is down in the metrics",
+            *(Dispatch, "rehearse", "host_ids % self.slots.cells.cell_count", "host_ids"),
+            id="a rehearsal stays in the slots",
         ),
+        pytest.param(Dispatch, "rehearse", "self._backend.is_host and ", "", id="a device cannot read homes"),
+        pytest.param(
+            Dispatch, "rehearse", "if not host_ids.numel():", "if False:", id="an empty batch rehearses nothing"
+        ),
+        # Slots
+        pytest.param(
+            *(SlotCache, "_begin", "holds.append(hold)", "self.residency.release(hold)"),
+            id="what a pass has is held while it fetches the rest",
+        ),
+        pytest.param(
+            *(SlotCache, "_begin", "promote(filling.fetch, Cause.DEMAND, deadline)"),
+            "promote(filling.fetch, Cause.PREFETCH, deadline)",
+            id="a prefetch that is waited for is as urgent as that",
+        ),
+        pytest.param(
+            *(SlotCache, "hold_resident", "self._give_up(awaited)\n            self._end(holds)"),
+            "self._give_up(awaited)",
+            id="and holds nothing any more",
+        ),
+        pytest.param(
+            *(SlotCache, "_give_up", "self.residency.abort_fill(filling.slot_id)"),
+            "self.residency.complete_fill(filling.slot_id)",
+            id="no half slab is resident",
+        ),
+        pytest.param(SlotCache, "_end", "self.residency.release(lease)", "pass", id="a hold ends"),
     ],
 )
 def test_the_dispatch_property_notices_a_dispatch_without(
-    monkeypatch: pytest.MonkeyPatch, name: str, guard: str, instead: str
+    monkeypatch: pytest.MonkeyPatch, owner: Owner, name: str, guard: str, instead: str
 ) -> None:
-    take_out(monkeypatch, Dispatch, name, guard, instead)
+    take_out(monkeypatch, owner, name, guard, instead)
     with pytest.raises(_BITES):
         search(test_dispatch.check_scenario, test_dispatch.scenarios())
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "guard", "instead"),
+    [
+        # What others do to slots meanwhile
+        pytest.param(
+            *(SlotCache, "hold_resident", "holds.append(lease)", "self.residency.release(lease)"),
+            id="what has arrived for a pass is held until its kernel has read it",
+        ),
+        pytest.param(
+            *(SlotCache, "_settle", "if filling.is_awaited:", "if False:"),
+            id="what a forward waits for is left to it",
+        ),
+        pytest.param(
+            *(SlotCache, "_begin", "filling.is_awaited = True", "pass"), id="a joined prefetch is left to it too"
+        ),
+        pytest.param(
+            *(SlotCache, "_give_up", "self._mover.cancel([filling.fetch for filling in fillings.values()])", "pass"),
+            id="nothing writes to a slot that was freed",
+        ),
+        pytest.param(
+            *(SlotCache, "_settle", "elif filling.fetch.is_over:", "elif False:"),
+            id="a slot whose prefetch was given up is free",
+        ),
+        pytest.param(
+            *(SlotCache, "prefetch", "self._absent(np.fromiter(dict.fromkeys(expert_ids), "),
+            "list(np.fromiter(dict.fromkeys(expert_ids), ",
+            id="what is here or on its way is not fetched",
+        ),
+        pytest.param(
+            *(SlotCache, "look_ahead", "self._absent(expert_ids)", "expert_ids.tolist()"), id="nor looked ahead for"
+        ),
+        pytest.param(
+            *(SlotCache, "hold_resident", "self._give_up(awaited)", "pass"),
+            id="a failed pass frees its slots",
+        ),
+        pytest.param(SlotCache, "settle", "self._count()", "pass", id="slots are counted"),
+        # Layer buffers
+        pytest.param(LayerBuffer, "claim", "self.abandon()", "pass", id="another layer's slabs are not this one's"),
+        pytest.param(*(LayerBuffer, "abandon", "self._fetches.clear()", "pass"), id="what was given up is forgotten"),
+        pytest.param(Dispatch, "_run_layer_buffer", "buffer.claim(self.home)", "pass", id="a layer claims the buffer"),
+        pytest.param(
+            *(Dispatch, "_bring_following", "not self._helper.is_up or ", ""),
+            id="nothing is brought ahead without somebody who copies",
+        ),
+    ],
+)
+def test_the_property_of_layers_notices_an_engine_without(
+    monkeypatch: pytest.MonkeyPatch, owner: Owner, name: str, guard: str, instead: str
+) -> None:
+    take_out(monkeypatch, owner, name, guard, instead)
+    with pytest.raises(_BITES):
+        search(test_layers.check_story, test_layers.stories())
+
+
+@pytest.mark.parametrize(
+    ("check", "owner", "name", "guard", "instead"),
+    [
+        pytest.param(
+            *(test_layers.check_relinquishing, SlotCache, "relinquish", "filling.is_awaited = False", "pass"),
+            id="what was begun and not needed is somebody's again",
+        ),
+        pytest.param(
+            *(test_layers.check_relinquishing, Dispatch, "_slow", "self.slots.relinquish()", "pass"),
+            id="also when the kernel fails",
+        ),
+        pytest.param(
+            *(test_layers.check_trying_again, SlotCache, "_begin", "self._give_up({expert_id: filling})"),
+            *("pass",),
+            id="a slab that failed ahead gives its slot back",
+        ),
+        pytest.param(
+            *(test_layers.check_trying_again, SlotCache, "_begin", "filling = None"),
+            *("pass",),
+            id="and is begun anew",
+        ),
+        pytest.param(
+            *(test_layers.check_looking_ahead_for_a_pass, SlotCache, "look_ahead", ", is_urgent=False", ""),
+            id="looking ahead takes no slot that is needed before",
+        ),
+        pytest.param(
+            *(test_layers.check_victim, SlotCache, "_take_slot", "victim = max(", "victim = min("),
+            id="what is needed last is given up first",
+        ),
+        pytest.param(
+            *(test_layers.check_claiming, LayerBuffer, "abandon"),
+            *("self._mover.cancel(list(self._fetches.values()))", "pass"),
+            id="nothing of another layer is still on its way",
+        ),
+        pytest.param(
+            *(test_layers.check_looking_ahead, Dispatch, "bring_ahead", "self.buffer.claim(self.home)", "pass"),
+            id="a layer claims its buffer ahead",
+        ),
+        pytest.param(
+            *(test_layers.check_looking_ahead, Dispatch, "bring_ahead"),
+            *("if distinct_count > self.slots.cells.cell_count:", "if False:"),
+            id="the next layer is brought",
+        ),
+        pytest.param(
+            *(test_layers.check_being_late, LayerBuffer, "bring"),
+            "if self._mover.promote(fetch, cause, deadline):",
+            "if self._mover.promote(fetch, Cause.PREFETCH, deadline):",
+            id="what is needed now is urgent now",
+        ),
+        pytest.param(
+            *(test_layers.check_being_late, LayerBuffer, "wait", "len(expected) - useful_count", "0"),
+            id="what comes late is counted",
+        ),
+        pytest.param(
+            *(test_layers.check_dropping, Dispatch, "_run_layer_buffer", "buffer.drop_all_but(absent)", "pass"),
+            id="what is not needed is dropped",
+        ),
+        pytest.param(
+            *(test_layers.check_only_buffer, Dispatch, "_bring_following", "following.buffer in (None, self.buffer)"),
+            "following.buffer is None",
+            id="the buffer that is in use is nobody else's",
+        ),
+    ],
+)
+def test_a_story_of_layers_notices_an_engine_without(
+    monkeypatch: pytest.MonkeyPatch, check: Callable[..., None], owner: Owner, name: str, guard: str, instead: str
+) -> None:
+    given_to_it = (monkeypatch, PassKind.TOKEN) if inspect.signature(check).parameters.keys() >= {"monkeypatch"} else ()
+    check(*given_to_it)
+    take_out(monkeypatch, owner, name, guard, instead)
+    with pytest.raises(_BITES):
+        check(*given_to_it)

@@ -162,3 +162,50 @@ def test_needed_later_shrinks_to_the_last_pass(case: Case) -> None:
     for index in range(len(passes)):
         needed = np.flatnonzero(module.needed_later(passes, index, case.resident.size))
         assert needed.tolist() == sorted(np.concatenate([part.expert_ids for part in passes[index:]]).tolist())
+
+
+def check_split(case: Case) -> None:
+    whole = Pass(case.distinct, None)
+    passes = module.token_passes(case.topk_ids, case.resident, case.slot_count, NO_LIMIT)
+    assert passes is not None
+    for part in (whole, *passes):
+        token_ids = np.arange(len(case.topk_ids)) if part.token_ids is None else part.token_ids
+        is_ready = [set(row) <= set(np.flatnonzero(case.resident)) for row in case.topk_ids[token_ids].tolist()]
+        two = module.split_resident(part, case.topk_ids, case.resident)
+        if all(is_ready) or not any(is_ready):
+            assert two is None, "nothing would run while nothing is copied"
+            continue
+        assert two is not None
+        for found, wanted in zip(two, (True, False), strict=True):
+            assert found.token_ids is not None
+            assert found.token_ids.tolist() == [
+                t for t, ready in zip(token_ids, is_ready, strict=True) if ready is wanted
+            ]
+            assert found.expert_ids.tolist() == np.unique(case.topk_ids[found.token_ids]).tolist()
+            assert found.expert_ids.dtype == np.int64 and found.expert_ids.size <= part.expert_ids.size
+        assert case.resident[two[0].expert_ids].all(), "the first part waits for nothing"
+
+
+@settings(max_examples=300)
+@given(cases())
+def test_a_pass_is_split_into_what_can_run_at_once_and_the_rest(case: Case) -> None:
+    check_split(case)
+
+
+def check_fetch_counts(case: Case) -> None:
+    passes = module.token_passes(case.topk_ids, case.resident, case.slot_count, NO_LIMIT)
+    assert passes is not None
+    plans = [passes, module.expert_passes(case.distinct, case.resident, case.slot_count)]
+    if (two := module.split_resident(passes[0], case.topk_ids, case.resident)) is not None:
+        plans.append([*two, *passes[1:]])
+    for plan in plans:
+        resident = case.resident.copy()
+        counts = module.fetch_counts(plan, case.resident, case.slot_count)
+        assert np.array_equal(resident, case.resident)
+        assert len(counts) == len(plan) and sum(counts) == replay(case, plan)
+
+
+@settings(max_examples=300)
+@given(cases())
+def test_the_fetches_of_each_pass_are_foretold(case: Case) -> None:
+    check_fetch_counts(case)

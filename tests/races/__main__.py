@@ -13,15 +13,13 @@ from functools import partial
 
 import torch
 
-from tests.races.cases import CASES, CASES_BY_NAME
+from tests.races.cases import CASES, CASES_BY_NAME, run_named
 from tests.races.search import (
-    Batch,
     Case,
     Schedule,
     Tally,
     attempt,
     path_batches,
-    run_batch,
     run_batches,
     seed_batches,
 )
@@ -29,15 +27,10 @@ from tests.races.search import (
 _FINDINGS_SHOWN = 10
 
 
-def _run(batch: Batch, *, checks_order: bool) -> Tally:
-    torch.set_num_threads(1)
-    return run_batch(CASES_BY_NAME[batch[0]], batch, checks_order=checks_order)
-
-
 def search(cases: Sequence[Case], schedule_count: int, seed: int, job_count: int, *, checks_order: bool) -> int:
     """Search, print a table; gives the number of findings."""
     started = time.perf_counter()
-    run = partial(_run, checks_order=checks_order)
+    run = partial(run_named, checks_order=checks_order)
     tallies = {case.name: Tally() for case in cases}
     with ExitStack() as stack:
         executor = None

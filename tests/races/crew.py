@@ -6,7 +6,6 @@ or waits, and wherever else `pause` is called.
 
 from __future__ import annotations
 
-import logging
 import random
 import threading
 from collections import deque
@@ -50,16 +49,18 @@ class Crew:
         chooser: decides who runs.
         rng: decides at which pauses there is a choice.
         rate: of the pauses, the share at which there is one.
+        trace: gets a line for each change of the thread.
 
     Attributes:
         error: what ended a member, if something has.
     """
 
-    def __init__(self, chooser: Chooser, rng: random.Random, rate: float) -> None:
+    def __init__(self, chooser: Chooser, rng: random.Random, rate: float, trace: list[str] | None = None) -> None:
         self.error: BaseException | None = None
         self._chooser = chooser
         self._random = rng.random
         self._rate = rate
+        self._trace = trace
         self._main = _Member(_FIRST_ID, "main")
         self._members = [self._main]
         self._current = self._main
@@ -94,6 +95,9 @@ class Crew:
             self._end()
             for module in modules:
                 module.threading = threading  # type: ignore[attr-defined]
+
+    def __str__(self) -> str:
+        return "all others to end"
 
     def pause(self) -> None:
         """Somebody else may go on here."""
@@ -144,6 +148,8 @@ class Crew:
             self._current = ready[0]
         else:
             self._current = ready[self._chooser.choose([member.member_id for member in ready])]
+        if self._trace is not None:
+            self._trace.append(f"thread: {self._current.name}")
         return self._current
 
     def _start(self, run: Callable[[], None], name: str) -> None:
@@ -173,21 +179,20 @@ class Crew:
     def _end(self) -> None:
         """Unwind who is not done."""
         self._is_over = True
-        logging.disable(logging.CRITICAL)  # the code under test may report that its thread has ended
         for member in self._members:
             while not member.is_done and member is not self._main:
                 self._current = member
                 member.turn.release()
                 self._main.turn.acquire()
-        logging.disable(logging.NOTSET)
 
     @property
     def is_over(self) -> bool:
         return self._is_over
 
     @property
-    def current(self) -> _Member:
-        return self._current
+    def current_name(self) -> str:
+        """Name of the thread that runs."""
+        return self._current.name
 
 
 class _Runner(threading.Thread):
@@ -290,6 +295,11 @@ class BatonCondition:
         self._crew.wait_for(self)
         lock.acquire()
         lock._count = count
+        return True
+
+    def wait_for(self, predicate: Callable[[], bool], timeout: float | None = None) -> bool:
+        while not predicate():
+            self.wait(timeout)
         return True
 
     def notify(self, n: int = 1) -> None:

@@ -9,7 +9,9 @@ kernel, when the device runs it, finds out whether the rows that it was given ar
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -45,6 +47,12 @@ _CHUNK_BYTES = 6
 _RING_CELL_COUNT = 2
 #: A cost of copying at which it pays to let tokens go first whose experts are there.
 _SLAB_BYTES_COSTED = 1 << 30
+#: Engines that start with experts in their slots.
+_PRELOAD_RATE = 0.3
+#: Forwards without tokens.
+_EMPTY_RATE = 0.05
+#: How often in a row the host finds an event incomplete although the device could go on.
+_PATIENCE = 4
 _WANTERS = ("request a", "request b")
 
 
@@ -61,6 +69,7 @@ class Spec:
         waits_for_ids: whether the host waits for the device to get the router's ids. It does, with the devices that we
             have; without, more can be under way, and the runtime has to be right nevertheless.
         failure_rate: of reads and of kernels.
+        death_rate: of reads, how many are the end of the hand that does them.
         pause_rate: of the places where another thread could go on, the share in which one may; without any there is
             one thread only.
     """
@@ -74,10 +83,11 @@ class Spec:
     home: Literal["whole", "striped", "replicated"] = "whole"
     is_checked: bool = False
     buffer_count: int = 0
-    forward_count: int = 4
-    token_count_max: int = 3
+    forward_count: int = 3
+    token_count_max: int = 2
     waits_for_ids: bool = True
     failure_rate: float = 0.0
+    death_rate: float = 0.0
     pause_rate: float = 0.15
 
 
@@ -87,6 +97,10 @@ class ReadFailure(TransferError):
 
 class KernelFailure(RuntimeError):
     """What a kernel raises that is told to fail."""
+
+
+class Death(BaseException):
+    """What ends a thread."""
 
 
 class TinyBank(DramBank):
@@ -99,11 +113,14 @@ class TinyBank(DramBank):
         super().__init__(name, name, None, PROFILE)
 
     def read(self, copies: Sequence[RowCopy]) -> None:
-        self.engine.crew.pause()
-        if self.engine.fails():
+        engine = self.engine
+        engine.crew.pause()
+        if engine.fails():
             raise ReadFailure("the bank is told to fail")
+        if engine.dies():
+            raise Death
         super().read(copies)
-        self.engine.crew.pause()
+        engine.crew.pause()
 
 
 class PausingBackend(ModelledBackend):
@@ -264,7 +281,7 @@ class Engine:
         self.rng = world.rng
         self._now_s = 0.0
         banks, homes = homes_of(spec)
-        self.backend = world.make_backend(PausingBackend)
+        self.backend = world.make_backend(PausingBackend, patience=_PATIENCE if spec.pause_rate else 1)
         self.backend.crew = crew
         self.backend.waits_for_ids = spec.waits_for_ids
         self.counters = _counters(tuple(bank.name for bank in banks))
@@ -288,6 +305,11 @@ class Engine:
     def fails(self) -> bool:
         """Whether what comes now is to fail."""
         return self.spec.failure_rate > 0 and self.rng.random() < self.spec.failure_rate
+
+    def dies(self) -> bool:
+        """Whether the thread that is at work now is to end, if it is one that may."""
+        rate = self.spec.death_rate
+        return rate > 0 and self.crew.current_name.startswith("moecxl-") and self.rng.random() < rate
 
     def tick(self) -> None:
         """Time for the sidecar to do something, whenever it comes to."""
@@ -350,13 +372,18 @@ class Engine:
 
 def run(spec: Spec, world: World) -> None:
     """Forwards through all layers, whatever happens meanwhile."""
-    crew = Crew(world.chooser, world.rng, spec.pause_rate)
+    crew = Crew(world.chooser, world.rng, spec.pause_rate, world.trace)
     mover._STAGING_CELL_COUNT = _RING_CELL_COUNT
+    logging.disable(logging.CRITICAL)  # threads that end say so
     try:
         with crew.replacing(mover, slots, staging):
             engine = Engine(world, spec, crew)
+            if engine.rng.random() < _PRELOAD_RATE:
+                for layer in engine.layers:
+                    preload(layer)
             for _ in range(spec.forward_count):
-                token_count = engine.rng.randint(0, spec.token_count_max)
+                is_empty = engine.rng.random() < _EMPTY_RATE
+                token_count = 0 if is_empty else engine.rng.randint(1, spec.token_count_max)
                 for layer in engine.layers:
                     if not forward(layer, _routes(engine, token_count)):
                         break
@@ -370,12 +397,20 @@ def run(spec: Spec, world: World) -> None:
     except Ended:
         assert crew.error is not None
         raise crew.error from None
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _routes(engine: Engine, token_count: int) -> torch.Tensor:
     spec = engine.spec
     ids = [engine.rng.sample(range(spec.expert_count), spec.topk) for _ in range(token_count)]
     return torch.tensor(ids, dtype=torch.int32).view(token_count, spec.topk)
+
+
+def preload(layer: Layer) -> None:
+    """Fill a layer's slots before the first forward, if the bank lets it."""
+    with contextlib.suppress(ReadFailure):
+        layer.dispatch.preload(range(layer.slots.residency.expert_count))
 
 
 def forward(layer: Layer, ids: torch.Tensor) -> bool:

@@ -107,4 +107,12 @@ PLANTS = [
         "if self._backend.query(entry[0])",
         "if True",
     ),
+    Plant(
+        "the last event only",
+        "striped",
+        Mover,
+        "_carry",
+        "fetch.events.append(event)",
+        "fetch.events[:] = [event]",
+    ),
 ]

@@ -6,6 +6,7 @@ take their time.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -22,12 +23,13 @@ class FakeStream:
 
     def __init__(self, device: torch.device) -> None:
         self.waited_for: list[FakeEvent] = []
+        self.synchronize_count = 0
 
     def wait_event(self, event: FakeEvent) -> None:
         self.waited_for.append(event)
 
     def synchronize(self) -> None:
-        pass
+        self.synchronize_count += 1
 
 
 class FakeEvent:
@@ -35,9 +37,11 @@ class FakeEvent:
 
     def __init__(self) -> None:
         self.queries_left = QUERY_COUNT
+        self.stream: FakeStream | None = None
 
     def record(self, stream: FakeStream) -> None:
         assert isinstance(stream, FakeStream)
+        self.stream = stream
 
     def query(self) -> bool:
         self.queries_left -= 1
@@ -53,6 +57,7 @@ class FakeCuda:
     Attributes:
         refuses: error code of registrations; 0 for none.
         registered: byte counts by address.
+        adopted: threads that have chosen the device.
     """
 
     Stream = FakeStream
@@ -61,6 +66,7 @@ class FakeCuda:
     def __init__(self) -> None:
         self.refuses = 0
         self.registered: dict[int, int] = {}
+        self.adopted: list[int] = []
         self.current = self.default = FakeStream(torch.device("cpu"))
 
     @contextmanager
@@ -81,6 +87,7 @@ class FakeCuda:
 
     def set_device(self, device: torch.device) -> None:
         assert device.index is not None
+        self.adopted.append(threading.get_ident())
 
     def get_device_properties(self, device: torch.device) -> Any:
         return SimpleNamespace(pci_domain_id=0, pci_bus_id=0x17, pci_device_id=0)

@@ -64,6 +64,8 @@ def test_slots_take_auto_a_share_a_count_or_bytes(raw: object, expected: SlotSpe
         *(("passes", raw) for raw in ("slow", "Exact", None, True, 1)),
         *(("layer_buffer", raw) for raw in (0, 1, "true", "yes", None, 1.0)),
         *(("strict_placement", raw) for raw in (0, 1, "true", "yes", "auto", None, 1.0)),
+        *(("in_place", raw) for raw in (True, False, "Auto", "yes", "", None, 1, ["auto"])),
+        *(("sidecar", raw) for raw in (0, 1, "true", "auto", None, 1.0, [])),
         *(("mode", raw) for raw in ("on", "CXL", True, False, None, 1)),
     ],
 )
@@ -110,6 +112,8 @@ def test_each_kind_of_bank_has_its_spec(raw: str, expected: BankSpec, name: str)
         ("placement_trace", [None, "traces/a.npz"], None),
         ("pack_to", [None, "/nvme/a.slabs"], None),
         ("strict_placement", [True, False], False),
+        ("in_place", ["auto", "never", "always"], "auto"),
+        ("sidecar", [True, False], True),
     ],
 )
 def test_an_option_takes_its_values(option: str, values: list[object], default: object) -> None:

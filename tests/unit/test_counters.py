@@ -1,14 +1,18 @@
 """Counters: what one process writes, another reads, in units that metrics show."""
 
+import re
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
+from prometheus_client import CollectorRegistry, generate_latest
 
+from vllm_moecxl.integration import metrics
 from vllm_moecxl.runtime.counters import (
     BANK_BYTES_KINDS,
+    FETCH_SECONDS_LE,
     Counters,
     Metric,
     PrefetchOutcome,
@@ -45,7 +49,8 @@ def test_there_is_a_row_for_every_outcome_bank_pass_and_state() -> None:
     assert labels == {
         *((Metric.LOOKUPS, outcome.value) for outcome in Lookup),
         *((Metric.FETCH_BYTES, bank, cause) for bank in ("dram", "cxl") for cause in CAUSES),
-        *((metric, cause) for metric in (Metric.FETCHES, Metric.FETCH_SECONDS) for cause in CAUSES),
+        *((Metric.FETCH_SECONDS_BUCKET, cause, le) for cause in CAUSES for le in FETCH_SECONDS_LE),
+        *((Metric.FETCH_SECONDS_SUM, cause) for cause in CAUSES),
         *((Metric.LINK_BUSY_SECONDS, bank) for bank in ("dram", "cxl")),
         *((Metric.PREFETCH, outcome.value) for outcome in PrefetchOutcome),
         *((metric,) for metric in (Metric.STALL_SECONDS, Metric.SIDECAR_UP, Metric.SIDECAR_CPU_SECONDS)),
@@ -67,8 +72,9 @@ def test_the_indices_name_the_rows_that_they_say() -> None:
             Metric.FETCH_BYTES,
             {"bank": "dram", "cause": name},
         )
-        assert by_index[counters.fetches[cause]][:2] == (Metric.FETCHES, {"cause": name})
-        assert by_index[counters.fetch_ns[cause]][:2] == (Metric.FETCH_SECONDS, {"cause": name})
+        assert by_index[counters.fetch_ns[cause]][:2] == (Metric.FETCH_SECONDS_SUM, {"cause": name})
+        for row, le in zip(counters.fetch_buckets[cause], FETCH_SECONDS_LE, strict=True):
+            assert by_index[row][:2] == (Metric.FETCH_SECONDS_BUCKET, {"cause": name, "le": le})
     assert by_index[counters.link_busy_ns["dram"]][:2] == (Metric.LINK_BUSY_SECONDS, {"bank": "dram"})
     assert by_index[counters.prefetch[PrefetchOutcome.LATE]][:2] == (Metric.PREFETCH, {"outcome": "late"})
     assert by_index[counters.sidecar_up].metric is Metric.SIDECAR_UP
@@ -92,8 +98,8 @@ def test_what_moves_on_the_links_is_counted_by_bank_and_cause_in_bytes_slabs_and
     counters.moved("cxl", 5, Cause.DEMAND)
     counters.moved("cxl", 7, Cause.PREFETCH)
     counters.moved("dram", 11, Cause.DEMAND)
-    counters.landed(Cause.PREFETCH, 0.25)
-    counters.landed(Cause.PREFETCH, 0.5)
+    for duration_s in (0.25, 0.5, 3e-4, 0.0, 1e3):
+        counters.landed(Cause.PREFETCH, duration_s)
     counters.was_busy("cxl", 1.5)
     counters.was_busy("cxl", 2.0)
     counters.failed("cxl")
@@ -102,8 +108,8 @@ def test_what_moves_on_the_links_is_counted_by_bank_and_cause_in_bytes_slabs_and
         (Metric.FETCH_BYTES, "cxl", "demand"): 5,
         (Metric.FETCH_BYTES, "cxl", "prefetch"): 7,
         (Metric.FETCH_BYTES, "dram", "demand"): 11,
-        (Metric.FETCHES, "prefetch"): 2,
-        (Metric.FETCH_SECONDS, "prefetch"): 0.75,
+        **{(Metric.FETCH_SECONDS_BUCKET, "prefetch", le): 1 for le in ("0.0001", "0.0003", "0.3", "1.0", "+Inf")},
+        (Metric.FETCH_SECONDS_SUM, "prefetch"): pytest.approx(1000.7503),
         (Metric.LINK_BUSY_SECONDS, "cxl"): 3.5,
         (Metric.BANK_UP, "dram"): 1,
     }
@@ -211,5 +217,23 @@ def test_by_label_adds_up_all_other_labels() -> None:
 def test_metrics_are_named_for_prometheus() -> None:
     for metric in Metric:
         assert metric.full_name.startswith("vllm:moe_offload_")
-        assert metric.full_name.endswith("_total") == metric.is_counter
+        is_histogram = metric in (Metric.FETCH_SECONDS_BUCKET, Metric.FETCH_SECONDS_SUM)
+        assert (metric.full_name.endswith("_total") or is_histogram) == metric.is_counter
         assert metric.documentation.endswith(".")
+
+
+def test_fetch_times_are_shown_as_a_cumulative_histogram(monkeypatch: pytest.MonkeyPatch) -> None:
+    counters = Counters(["dram"])
+    for duration_s in (2e-4, 2e-4, 0.02, 100.0):
+        counters.landed(Cause.DEMAND, duration_s)
+    monkeypatch.setattr(metrics, "current_rows", counters.rows)
+    registry = CollectorRegistry()
+    registry.register(metrics.OffloadCollector())
+    text = generate_latest(registry).decode()
+    shown = dict(re.findall(r'vllm:moe_offload_fetch_seconds_bucket{cause="demand",le="([^"]+)"} (\S+)', text))
+    assert list(shown) == list(FETCH_SECONDS_LE)
+    assert [float(count) for count in shown.values()] == [0, 2, 2, 2, 2, 3, 3, 3, 3, 3, 4]
+    assert re.search(r'vllm:moe_offload_fetch_seconds_count{cause="demand"} 4.0', text)
+    assert re.search(r'vllm:moe_offload_fetch_seconds_sum{cause="demand"} 100.0204', text)
+    assert re.search(r'vllm:moe_offload_fetch_seconds_count{cause="prefetch"} 0.0', text)
+    assert "vllm:moe_offload_stall_seconds_total 0.0" in text

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import operator
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from tests.property.toy_moe import HIDDEN_SIZE, ToyMoe
-from tests.support.homes import PROFILE, dram
+from tests.support.homes import PROFILE, dram, hands
 from vllm_moecxl.config import OffloadConfig
 from vllm_moecxl.control.account import LayerNeed
-from vllm_moecxl.data.banks.base import Bank
+from vllm_moecxl.data.banks.base import Bank, BankProfile
 from vllm_moecxl.data.banks.file import FileBank
+from vllm_moecxl.data.banks.memory import DramBank
 from vllm_moecxl.data.devices.cpu import CpuBackend
+from vllm_moecxl.data.profiles import PUBLISHED
 from vllm_moecxl.errors import CapacityError, ConfigError, IntegrityError, TransferError
 from vllm_moecxl.runtime.counters import Metric, by_label
 from vllm_moecxl.runtime.dispatch import Kernel
@@ -95,13 +101,11 @@ def passes_taken(runtime: OffloadRuntime) -> dict[str, float]:
     return {kind: n for kind, n in by_label(runtime.counters.rows(), Metric.PASSES, "kind").items() if n}
 
 
-def counted(runtime: OffloadRuntime) -> dict[str, float]:
-    """What requests have caused so far."""
-    return {
-        row.metric.name: row.value
-        for row in runtime.counters.rows()
-        if row.metric.is_counter and row.metric is not Metric.SIDECAR_CPU_SECONDS and row.value
-    }
+def asked_for(runtime: OffloadRuntime) -> dict[str, float]:
+    """What forwards of requests have caused; traffic on the links counts whoever it is for."""
+    metrics = (Metric.LOOKUPS, Metric.PASSES, Metric.STALL_SECONDS, Metric.PREFETCH, Metric.SLOTS)
+    rows = [row for row in runtime.counters.rows() if row.metric in metrics and row.value]
+    return {" ".join((row.metric.name, *row.labels.values())): row.value for row in rows}
 
 
 def test_a_kernel_that_keeps_its_bits_is_confirmed_once_and_serves_in_token_passes(
@@ -111,7 +115,7 @@ def test_a_kernel_that_keeps_its_bits_is_confirmed_once_and_serves_in_token_pass
     runtime = start(EXPERT_COUNT, EXPERT_COUNT, layer_buffer=False)
     toys = [ToyMoe(EXPERT_COUNT, seed) for seed in (1, 2)]
     dispatches = [runtime.install(loaded(toy, index)) for index, toy in enumerate(toys)]
-    assert counted(runtime) == {}, "the self-check counts nowhere"
+    assert asked_for(runtime) == {"SLOTS free": EXPERT_COUNT}, "the self-check counts nowhere"
     for dispatch, toy in zip(dispatches, toys, strict=True):
         assert torch.equal(dispatch(*wide_batch()), toy.direct(*wide_batch()))
     assert passes_taken(runtime) == {"token": 4.0}
@@ -304,6 +308,97 @@ def test_verify_fetch_looks_at_every_slab_of_every_bank() -> None:
     ids = torch.tensor([[3, 4]], dtype=torch.int32)
     with pytest.raises(IntegrityError, match=r"expert 3 of layers.0 is not what was stored in bank dram"):
         dispatch(torch.ones(1, HIDDEN_SIZE), torch.ones(1, TOPK), ids)
+
+
+def slow_bank() -> DramBank:
+    """A bank that is slower than slots, by its profile."""
+    return DramBank("slow", "slow", None, BankProfile(latency_s=1e-6, read_bytes_per_s=1e9, source="published"))
+
+
+def fast_bank() -> DramBank:
+    """A bank that is as fast as slots."""
+    return DramBank("fast", "fast", None, PUBLISHED["dram"])
+
+
+@pytest.mark.parametrize(("bank", "in_place"), [(fast_bank, "auto"), (fast_bank, "always"), (slow_bank, "always")])
+def test_a_layer_whose_homes_are_as_good_as_slots_runs_from_them_and_from_nothing_else(
+    bank: Callable[[], DramBank], in_place: str
+) -> None:
+    runtime = start(EXPERT_COUNT, banks=[bank()], in_place=in_place)
+    toy = ToyMoe(EXPERT_COUNT, 1)
+    dispatch = runtime.install(loaded(toy))
+    assert dispatch.buffer is None and all(map(operator.is_, toy.bound, dispatch.home.tensors or ()))
+    for _ in range(2):
+        assert torch.equal(dispatch(*wide_batch()), toy.direct(*wide_batch()))
+    wrong = torch.tensor([[0, EXPERT_COUNT]], dtype=torch.int32)
+    with pytest.raises(IntegrityError, match="chose expert 8 of a layer with 8 experts"):
+        dispatch(torch.ones(1, HIDDEN_SIZE), torch.ones(1, TOPK), wrong)
+    assert asked_for(runtime) == {"PASSES in_place": 2, "SLOTS free": EXPERT_COUNT // 2}
+    assert dispatch.rehearse(*wide_batch()).shape == wide_batch()[0].shape
+    assert all(map(operator.is_, toy.bound, dispatch.home.tensors or ()))
+
+
+def test_a_layer_whose_homes_are_slower_than_slots_runs_from_either_and_ends_up_with_what_it_needs_often() -> None:
+    runtime = start(EXPERT_COUNT, banks=[slow_bank()], in_place="auto")
+    toy = ToyMoe(EXPERT_COUNT, 1)
+    dispatch = runtime.install(loaded(toy))
+    ids = torch.tensor([[1, 6]], dtype=torch.int32)
+    x, weights = torch.ones(1, HIDDEN_SIZE), torch.ones(1, TOPK)
+    kinds = []
+    for _ in range(6):
+        before = passes_taken(runtime)
+        assert torch.equal(dispatch(x, weights, ids), toy.direct(x, weights, ids))
+        kinds += [kind for kind, count in passes_taken(runtime).items() if count != before.get(kind)]
+    assert kinds[0] == "in_place" and kinds[-1] == "single" and kinds == sorted(kinds)
+    assert np.flatnonzero(dispatch.slots.residency.resident_mask()).tolist() == [1, 6]
+
+
+@pytest.mark.parametrize("why", ["a file", "two banks", "every read is verified"])
+def test_in_place_is_refused_where_the_kernel_cannot_read_the_homes_and_auto_copies_there(
+    tmp_path: Path, why: str
+) -> None:
+    toy = ToyMoe(EXPERT_COUNT, 1)
+    file = packed_toys(tmp_path, [toy]) if why == "a file" else None
+    banks = [file] if file else [dram(), dram("b")] if why == "two banks" else [dram()]
+    if why == "two banks":
+        banks = [dram("a", EXPERT_COUNT // 2 * int(SLAB_BYTES * 1.02)), dram("b")]
+    options = {"verify": "fetch"} if why == "every read is verified" else {}
+    layer = partial(from_file, file, toy) if file else partial(loaded, toy)
+    with pytest.raises(ConfigError, match=r'in_place="always" is not possible: .* layers.0 .* or use "auto"'):
+        start(EXPERT_COUNT, banks=banks, in_place="always", **options).install(layer())
+    banks = [file] if file else [dram("a", banks[0].capacity_bytes), *map(dram, ["b"][: len(banks) - 1])]
+    runtime = start(EXPERT_COUNT, banks=banks, in_place="auto", **options)
+    dispatch = runtime.install(layer())
+    assert torch.equal(dispatch(*wide_batch()), toy.direct(*wide_batch()))
+    assert "in_place" not in passes_taken(runtime)
+
+
+def test_threads_end_with_the_runtime() -> None:
+    runtime = start(EXPERT_COUNT)
+    dispatch = runtime.install(loaded(ToyMoe(EXPERT_COUNT, 1)))
+    dispatch(*wide_batch())
+    threads = [*hands(runtime._mover), runtime._sidecar._thread]
+    assert len(threads) == 2 and all(thread.is_alive() for thread in threads)
+    del runtime, dispatch
+    gc.collect()
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive(), thread.name
+
+
+def test_what_only_a_request_that_has_ended_wanted_gives_its_slots_back() -> None:
+    runtime = start(EXPERT_COUNT, sidecar=False)
+    dispatch = runtime.install(loaded(ToyMoe(EXPERT_COUNT, 1)))
+    runtime._mover._has_hands = False  # nobody carries it meanwhile
+    assert dispatch.slots.prefetch([0, 1], 1.0, ["gone"]) == 2
+    assert dispatch.slots.prefetch([1, 2], 1.0, ["stays"]) == 1
+    states = {"free": EXPERT_COUNT / 2 - 3, "filling": 3.0, "resident": 0.0}
+    assert by_label(runtime.counters.rows(), Metric.SLOTS, "state") == states
+    runtime.forget(["gone", "nobody"])
+    states = {"free": EXPERT_COUNT / 2 - 2, "filling": 2.0, "resident": 0.0}
+    assert by_label(runtime.counters.rows(), Metric.SLOTS, "state") == states
+    runtime.forget(["stays"])
+    assert dispatch.slots.free_count() == EXPERT_COUNT / 2
 
 
 def test_what_each_bank_has_is_in_the_metrics() -> None:

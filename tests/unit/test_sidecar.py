@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.property.toy_moe import ToyMoe
-from tests.support.homes import assert_same_bits, dram, end_hands, random_bits, store
+from tests.support.homes import PROFILE, assert_same_bits, dram, end_hands, random_bits, store
 from tests.unit.test_runtime import EXPERT_COUNT, loaded, start, wide_batch
 from vllm_moecxl.data.banks.base import Bank, RowCopy
 from vllm_moecxl.data.banks.memory import DramBank, NumaBank
@@ -127,28 +127,23 @@ def test_a_tick_carries_what_nobody_waits_for(make_rig: Callable[..., Rig]) -> N
 
 
 def test_a_tick_leaves_to_the_hands_what_would_block_it(make_rig: Callable[..., Rig]) -> None:
-    readers: set[threading.Thread] = set()
+    readers: list[str] = []
+    has_read = threading.Event()
 
     class Noting(DramBank):
         def read(self, copies: Sequence[RowCopy]) -> None:
-            readers.add(threading.current_thread())
             super().read(copies)
+            readers.append(threading.current_thread().name)
+            has_read.set()
 
-    rig = make_rig(bank=Noting("dram", "dram", None, dram().profile), has_hands=True)
-    fetch = rig.prefetch(1)
-    rig.sidecar.tick(0.0)
-    rig.demand(fetch, 1)
-    hand_names = {thread.name for thread in readers - {threading.current_thread()}}
-    assert hand_names <= {"moecxl-dram-0"}
-    # Without anybody who waits, it is the hand and nobody else.
-    readers.clear()
-    landed = threading.Event()
-    count_landed = rig.counters.landed
-    rig.mover._observer.landed = lambda *what: (count_landed(*what), landed.set())  # type: ignore[method-assign]
-    rig.prefetch(2)
-    rig.sidecar.tick(0.0)
-    assert landed.wait(PATIENCE_S)
-    assert {thread.name for thread in readers} == {"moecxl-dram-0"}
+    rig = make_rig(bank=Noting("dram", "dram", None, PROFILE), has_hands=True)
+    # While somebody else has the lock no hand can be the first.
+    with rig.mover._lock:
+        rig.prefetch(2)
+        rig.sidecar.tick(0.0)
+        assert not readers
+    assert has_read.wait(PATIENCE_S)
+    assert readers == ["moecxl-dram-0"]
 
 
 def test_a_tick_looks_at_one_bank_a_second_each_in_its_turn(make_rig: Callable[..., Rig]) -> None:
@@ -222,9 +217,7 @@ def test_whatever_ends_it_is_shown_and_said_once(
     rig.demand(rig.prefetch(0), 0)
 
 
-def test_a_stall_is_seen_and_so_is_its_end(
-    make_rig: Callable[..., Rig], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_stall_is_seen_and_so_is_its_end(make_rig: Callable[..., Rig], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     rig = make_rig()
     gate = rig.mover.feed = Gate(rig.mover.feed)  # type: ignore[method-assign]
@@ -246,7 +239,9 @@ def test_a_stall_is_seen_and_so_is_its_end(
     ]
 
 
-def test_a_dead_hand_takes_the_sidecars_health_with_it(make_rig: Callable[..., Rig]) -> None:
+def test_a_dead_hand_takes_the_sidecars_health_with_it(
+    make_rig: Callable[..., Rig], caplog: pytest.LogCaptureFixture
+) -> None:
     dying: list[threading.Thread] = []
     has_died = threading.Event()
     forward = threading.current_thread()
@@ -259,13 +254,16 @@ def test_a_dead_hand_takes_the_sidecars_health_with_it(make_rig: Callable[..., R
                 raise SystemExit
             super().read(copies)
 
-    rig = make_rig(bank=Deadly("dram", "dram", None, dram().profile), has_hands=True)
+    rig = make_rig(bank=Deadly("dram", "dram", None, PROFILE), has_hands=True)
     rig.sidecar.start()
     fetch = rig.prefetch(0)
     assert has_died.wait(PATIENCE_S)
     dying[0].join(PATIENCE_S)
     assert isinstance(rig.mover.failure, SystemExit)
     assert not rig.sidecar.watch() and not rig.sidecar.is_up and not rig.shows_up
+    assert [record.getMessage() for record in caplog.records] == [
+        "MoE offload: a thread that reads bank dram has ended (SystemExit())"
+    ]
     rig.demand(fetch, 0)
 
 

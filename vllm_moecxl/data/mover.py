@@ -32,6 +32,8 @@ logger = logging.getLogger("vllm.moecxl")
 
 #: A chunk that is under way for longer than this is told of: no bank needs a second for a few MiB.
 _SLOW_S = 10.0
+#: Closing waits this long for a bank that does not answer.
+_CLOSE_S = 1.0
 #: Chunks that one `feed` issues at most, so that it is short: each costs 20 to 40 us.
 _FEED_COUNT = 4
 #: Cells of the staging ring: one is read into while others are on their way, for each of a file's readers.
@@ -286,13 +288,20 @@ class Mover:
             return not self._scheduler.has_work() and not any(link.in_flight for link in self._links)
 
     def close(self) -> None:
-        """Tell the hands to end, and wait until the device has finished what is in flight."""
+        """Tell the hands to end, and wait until nothing is in flight any more."""
         with self._lock:
             self._is_closed = True
             for link in self._links:
                 link.work.notify_all()
-            for event, _ in self._flying:
-                self._backend.synchronize(event)
+            # Not for ever: the collector may run this in the very thread that carries something.
+            end_s = self._clock() + _CLOSE_S
+            while any(link.in_flight for link in self._links) and self._clock() < end_s:
+                if self._poll():
+                    continue
+                if self._flying:
+                    self._backend.synchronize(self._flying[0][0])
+                    continue
+                self._changed.wait(_CLOSE_S)
 
     def _sources(self, home: Home, piece: Piece) -> tuple[int, ...]:
         return tuple(self._link_ids[home.shards[place.shard_id].bank.name] for place in piece.places)

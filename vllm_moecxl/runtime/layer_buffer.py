@@ -68,6 +68,10 @@ class LayerBuffer:
 
     def take(self, cells: Cells, from_ids: list[int], expert_ids: list[int]) -> None:
         """Copy slabs that are in the layer's slots, in order with the kernels of the calling thread."""
+        # They may have been brought ahead before they came into a slot: nothing else may write their rows now.
+        brought = [expert_id for expert_id in expert_ids if expert_id in self._fetches]
+        self._mover.cancel([self._fetches.pop(expert_id) for expert_id in brought])
+        self._count_wasted(self._ahead.intersection(brought))
         self.cells.take(cells, from_ids, expert_ids)
 
     def wait(self, expert_ids: Collection[int]) -> None:
@@ -104,6 +108,9 @@ class LayerBuffer:
         """Give up everything in here."""
         self._owner = None
         self._mover.cancel(list(self._fetches.values()))
-        self._counters.add({self._counters.prefetch[PrefetchOutcome.WASTED]: len(self._ahead)})
+        self._count_wasted(self._ahead)
         self._fetches.clear()
-        self._ahead.clear()
+
+    def _count_wasted(self, expert_ids: set[int]) -> None:
+        self._counters.add({self._counters.prefetch[PrefetchOutcome.WASTED]: len(expert_ids)})
+        self._ahead = self._ahead - expert_ids

@@ -77,7 +77,7 @@ class Sidecar:
             self._publish()
             if self.is_up:
                 logger.warning("MoE offload: the sidecar is back")
-            elif self.failure is None and self._thread.is_alive():
+            elif self._thread.is_alive() and self.failure is self._mover.failure is None:
                 logger.error(
                     "MoE offload: the sidecar has not been heard of for %.0f s: serving goes on with demand fetches",
                     self._clock() - self._beat_s,

@@ -19,6 +19,7 @@ from vllm_moecxl.linux.memory import (
     Placement,
     UnreadablePageError,
     available_bytes,
+    bring_back,
     copy_safely,
     place,
     read_safely,
@@ -297,3 +298,27 @@ def test_a_devdax_device_tells_its_size_and_alignment(tmp_path: Path) -> None:
         Mapping.dax(Path("/dev/zero"), 4 * MIB, 2 * MIB, sysfs=tmp_path)
     with pytest.raises(ConfigError, match=r"2.00 MiB: round"):
         Mapping.dax(Path("/dev/zero"), MIB, sysfs=tmp_path)
+
+
+def test_a_part_of_a_mapping_is_verified_by_itself() -> None:
+    mapping = Mapping.anonymous(10 * PAGE_BYTES)
+    mapping.buffer[4 * PAGE_BYTES] = 1
+    whole = verify(mapping, 0)
+    assert whole.bytes_by_node == {0: PAGE_BYTES} and whole.unknown_bytes == whole.astray_bytes == 9 * PAGE_BYTES
+    for start, byte_count, expected in ((0, 4, 4), (4, 1, 0), (3, 3, 2), (5, 5, 5)):
+        part = verify(mapping, 0, start * PAGE_BYTES, byte_count * PAGE_BYTES)
+        assert part.astray_bytes == expected * PAGE_BYTES
+
+
+def test_pages_on_other_nodes_are_astray() -> None:
+    assert Placement(1, {0: 3, 1: 5, 2: 7}, unknown_bytes=11).astray_bytes == 21
+    assert Placement(1, {1: 5}).astray_bytes == 0
+
+
+def test_pages_that_are_brought_back_keep_what_they_hold() -> None:
+    """A real move needs a second node: the virtual machine shows one."""
+    mapping = Mapping.anonymous(3 * PAGE_BYTES)
+    mapping.buffer[:] = bytes(range(256)) * (3 * PAGE_BYTES // 256)
+    data = mapping.buffer[:]
+    assert bring_back(mapping, 0).is_achieved and mapping.buffer[:] == data
+    assert syscalls.policy_of(mapping.address) == (syscalls.MPOL_BIND, (0,))

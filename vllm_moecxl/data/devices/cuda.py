@@ -21,7 +21,7 @@ import torch
 from moecxl_kernels.host import copy_rows
 
 from vllm_moecxl.data.devices.base import Event, Stream, check_copy, to_int32
-from vllm_moecxl.data.devices.pinning import PinnedMemory, pin_limit_bytes
+from vllm_moecxl.data.devices.pinning import PinnedMemory
 from vllm_moecxl.data.host import anonymous_tensor
 from vllm_moecxl.errors import CapacityError
 from vllm_moecxl.linux import affinity
@@ -88,7 +88,8 @@ class CudaBackend:
         self._device = torch.device("cuda", _cuda.current_device()) if device.index is None else device
         self._lock = threading.Lock()
         self._copy_streams: dict[int, CudaStream] = {}
-        self._pinned = PinnedMemory(partial(_pin, self._device), partial(_unpin, self._device), pin_limit_bytes())
+        # However much: NVIDIA's driver does not check RLIMIT_MEMLOCK, which most containers keep small.
+        self._pinned = PinnedMemory(partial(_pin, self._device), partial(_unpin, self._device))
         #: Runs once: when called, or when this object or the process ends.
         self._end = weakref.finalize(self, _give_back, self._device, self._pinned)
 
@@ -124,13 +125,12 @@ class CudaBackend:
         self._pinned.remove(memory)
 
     def stage(self, byte_count: int) -> torch.Tensor:
-        # Not from torch's pinned allocator, which rounds up to powers of two. The limit does not hold for the little
-        # without which nothing works.
+        # Not from torch's pinned allocator, which rounds up to powers of two.
         tensor = anonymous_tensor((byte_count,), torch.uint8)
-        if not self._pinned.add(tensor, is_limited=False):
+        if not self._pinned.add(tensor):
             raise CapacityError(
                 f"the CUDA driver refuses to register {format_bytes(byte_count)} of host memory for staging: free host "
-                "memory, or raise the limit on locked memory (ulimit -l)"
+                "memory"
             )
         return tensor
 

@@ -17,17 +17,22 @@ Source: C. Flanagan, S. Freund, "FastTrack: efficient and precise dynamic race d
 
 from __future__ import annotations
 
-import ctypes
-import math
-import weakref
-from bisect import bisect_right
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import NoReturn, Protocol, final
+from typing import NoReturn, Protocol
 
 import torch
 
 from vllm_moecxl.data.devices.base import Event, Stream, check_copy, to_int32
+from vllm_moecxl.data.devices.modelled_parts import (
+    MemoryMap,
+    ModelledEvent,
+    ModelledStream,
+    Operation,
+    Region,
+    Wait,
+    clash,
+    merge,
+)
 
 #: Accesses to one piece of memory that are kept without looking which of them are of no interest any more.
 _ACCESSES_KEPT = 16
@@ -44,109 +49,6 @@ class Chooser(Protocol):
 
     def choose(self, actors: Sequence[int]) -> int:
         """Index into `actors`, which are two or more in rising order, of the one that steps next."""
-
-
-class _Buffer(bytearray):
-    """Bytes that tell by a weak reference when the last tensor on them is gone."""
-
-    __slots__ = ("__weakref__",)
-
-
-class _Memory:
-    """Memory that operations touch: an allocation on the device, staging cells, or registered host memory.
-
-    Attributes:
-        base, byte_count: its addresses.
-        row_bytes: of one cell, for messages.
-        holder: gives what keeps the bytes alive; None once an allocation of the device is gone.
-        written: per byte whether anything was written there; None for host memory.
-        accesses: operations that touched it, as (operation, start, stop, whether it wrote), while not known to the
-            host to have ended.
-    """
-
-    __slots__ = ("accesses", "base", "byte_count", "holder", "name", "row_bytes", "written")
-
-    def __init__(self, name: str, tensor: torch.Tensor, holder: Callable[[], object], *, is_device: bool) -> None:
-        self.name = name
-        self.base = tensor.data_ptr()
-        self.byte_count = tensor.nbytes
-        self.row_bytes = tensor.nbytes // max(tensor.shape[0], 1) if tensor.dim() > 1 else tensor.nbytes
-        self.holder = holder
-        self.written = bytearray(tensor.nbytes) if is_device else None
-        self.accesses: list[tuple[_Operation, int, int, bool]] = []
-
-    def cell(self, start: int, stop: int) -> str:
-        row_id, offset = divmod(start, self.row_bytes)
-        return f"{self.name}, row {row_id}, bytes {offset} to {offset + stop - start}"
-
-
-#: (memory, start, stop): bytes of it.
-Region = tuple[_Memory, int, int]
-
-
-@final
-class _Operation:
-    """A copy or a kernel. It reads and writes at any time between its start and its end."""
-
-    __slots__ = (
-        *("act", "is_ended", "is_running", "keep", "name", "position", "reads", "snapshot", "stream", "writes"),
-    )
-
-    def __init__(
-        self,
-        name: str,
-        stream: ModelledStream,
-        reads: list[Region],
-        writes: list[Region],
-        act: Callable[[], None],
-        keep: tuple[torch.Tensor, ...],
-    ) -> None:
-        self.name = name
-        self.stream = stream
-        self.reads = reads
-        self.writes = writes
-        self.act = act
-        self.keep = keep
-        self.snapshot = b""
-        self.position = 0
-        self.is_running = False
-        self.is_ended = False
-
-    def __str__(self) -> str:
-        return f"{self.name} (number {self.position} on the {self.stream.name} stream)"
-
-
-class ModelledStream(Stream):
-    """A queue of operations, events to complete and events to wait for.
-
-    Attributes:
-        clock: per stream, how many of its operations are known to end before what is queued here next.
-    """
-
-    def __init__(self, name: str, actor: int) -> None:
-        self.name = name
-        self.actor = actor
-        self.clock = [0] * (actor - 1)
-        self.queue: deque[_Operation | ModelledEvent | _Wait] = deque()
-
-
-@final
-class ModelledEvent(Event):
-    """A point in a stream; complete when all before it has ended."""
-
-    def __init__(self, clock: list[int]) -> None:
-        self.clock = clock
-        self.is_complete = False
-
-
-@final
-class _Wait:
-    """A stream's wait for an event."""
-
-    __slots__ = ("event",)
-
-    def __init__(self, event: ModelledEvent) -> None:
-        self.event = event
 
 
 class ModelledBackend:
@@ -186,9 +88,8 @@ class ModelledBackend:
         self._patience = patience
         self._patience_left = patience
         self._trace = trace
-        self._memories: list[_Memory] = []
-        self._bases: list[int] = []
-        self._running: list[_Operation] = []
+        self._memory = MemoryMap()
+        self._running: list[Operation] = []
         self._host_clock: list[int] = []
         self._streams: list[ModelledStream] = []
         self._copy_streams: dict[int, ModelledStream] = {}
@@ -206,10 +107,7 @@ class ModelledBackend:
         return stream
 
     def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        buffer = _Buffer(math.prod(shape) * dtype.itemsize)
-        tensor = torch.frombuffer(buffer, dtype=dtype).view(*shape)
-        self._add(_Memory(f"allocation {len(self._memories)}", tensor, weakref.ref(buffer), is_device=True))
-        return tensor
+        return self._memory.allocate(shape, dtype)
 
     def allocate_tail(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return self.allocate(shape, dtype)
@@ -218,31 +116,30 @@ class ModelledBackend:
         return None
 
     def free_bytes(self) -> int:
-        self._index()
-        return self._capacity_bytes - sum(one.byte_count for one in self._memories if one.written is not None)
+        return self._capacity_bytes - sum(one.byte_count for one in self._memory.all() if one.is_device)
 
     def register(self, memory: torch.Tensor) -> bool:
         if not self._may_register(memory):
             return False
-        if self._find(memory.data_ptr(), memory.nbytes) is not None:
+        if self._memory.region(memory.data_ptr(), memory.nbytes) is not None:
             self._fail(f"{memory.nbytes} bytes of host memory are registered twice")
-        self._add(_Memory("registered memory", memory, lambda: memory, is_device=False))
+        self._memory.add_host("registered memory", memory)
         return True
 
     def stage(self, byte_count: int) -> torch.Tensor:
         cell = torch.zeros(byte_count, dtype=torch.uint8)
-        self._add(_Memory(f"staging cell {len(self._memories)}", cell, lambda: cell, is_device=False))
+        self._memory.add_host("staging cell", cell)
         return cell
 
     def unregister(self, memory: torch.Tensor) -> None:
-        found = self._find(memory.data_ptr(), memory.nbytes)
-        if found is None or found.written is not None or found.byte_count != memory.nbytes:
+        region = self._memory.region(memory.data_ptr(), memory.nbytes)
+        if region is None or region[0].is_device or region[0].byte_count != memory.nbytes:
             self._fail(f"{memory.nbytes} bytes of host memory are unregistered, which nobody registered or staged")
+        found = region[0]
         for operation, start, stop, _ in found.accesses:
             if not self._is_known_to_host(operation):
                 self._fail(f"{found.cell(start, stop)} is unregistered before {operation} is known to have ended")
-        self._memories.remove(found)
-        self._index()
+        self._memory.remove(found)
 
     def copy(self, source: torch.Tensor, target: torch.Tensor, stream: Stream) -> None:
         assert isinstance(stream, ModelledStream)
@@ -250,12 +147,11 @@ class ModelledBackend:
         byte_count = source.numel()
         if not byte_count:
             return
-        address = source.data_ptr()
-        read = self._region(address, byte_count, "the source of a copy", is_device=False)
-        write = self._region(target.data_ptr(), byte_count, "the target of a copy", is_device=True)
-        snapshot = ctypes.string_at(address, byte_count)
+        read = self._region(source.data_ptr(), byte_count, "the source of a copy", is_device=False)
+        memory, start, _ = write = self._region(target.data_ptr(), byte_count, "the target of a copy", is_device=True)
+        snapshot = read[0].read(*read[1:])
         keep = (source, target)
-        operation = _Operation("copy", stream, [read], [write], lambda: self._write(write, snapshot), keep)
+        operation = Operation("copy", stream, [read], [write], lambda: memory.write(start, snapshot), keep)
         operation.snapshot = snapshot
         self._submit(operation)
 
@@ -272,23 +168,23 @@ class ModelledBackend:
         assert all(read[2] - read[1] == write[2] - write[1] for read, write in zip(reads, writes, strict=True))
 
         def act() -> None:
-            for read, write in zip(reads, writes, strict=True):
-                self._write(write, self._read(read))
+            for (source, *span), (target, start, _) in zip(reads, writes, strict=True):
+                target.write(start, source.read(*span))
 
         if reads:
-            self._submit(_Operation("copy of rows", self._compute, reads, writes, act, (*sources, *targets)))
+            self._submit(Operation("copy of rows", self._compute, reads, writes, act, (*sources, *targets)))
 
     def record(self, stream: Stream) -> ModelledEvent:
         assert isinstance(stream, ModelledStream)
-        _merge(stream.clock, self._host_clock)
+        merge(stream.clock, self._host_clock)
         event = ModelledEvent(stream.clock.copy())
         stream.queue.append(event)
         return event
 
     def wait(self, stream: Stream, event: Event) -> None:
         assert isinstance(stream, ModelledStream) and isinstance(event, ModelledEvent)
-        _merge(stream.clock, event.clock)
-        stream.queue.append(_Wait(event))
+        merge(stream.clock, event.clock)
+        stream.queue.append(Wait(event))
 
     def query(self, event: Event) -> bool:
         assert isinstance(event, ModelledEvent)
@@ -302,7 +198,7 @@ class ModelledBackend:
                 return False
             self._step(self._streams[actor - 1])
         if event.is_complete:
-            _merge(self._host_clock, event.clock)
+            merge(self._host_clock, event.clock)
         return event.is_complete
 
     def synchronize(self, event: Event) -> None:
@@ -310,7 +206,7 @@ class ModelledBackend:
         while (ready := self._ready()) and not event.is_complete:
             self._step(self._streams[self._chosen([stream.actor for stream in ready]) - 1])
         assert event.is_complete, "an event is waited for that nobody recorded here"
-        _merge(self._host_clock, event.clock)
+        merge(self._host_clock, event.clock)
 
     def route_ids(self, topk_ids: torch.Tensor) -> torch.Tensor:
         # The ids come from a kernel: the host waits for all that was queued before, as for any tensor that it reads.
@@ -336,13 +232,13 @@ class ModelledBackend:
             check: looks at these rows when the kernel runs; raises what `violate` gives where they are wrong.
         """
         regions = [region for tensor, row_ids in reads for region in self._rows(tensor, row_ids)]
-        self._submit(_Operation(name, self._compute, regions, [], check, tuple(tensor for tensor, _ in reads)))
+        self._submit(Operation(name, self._compute, regions, [], check, tuple(tensor for tensor, _ in reads)))
 
     def label(self, tensor: torch.Tensor, name: str) -> None:
         """Give device or staging memory a name for messages."""
-        memory = self._find(tensor.data_ptr(), tensor.nbytes)
-        assert memory is not None
-        memory.name = name
+        region = self._memory.region(tensor.data_ptr(), tensor.nbytes)
+        assert region is not None
+        region[0].name = name
 
     def finish(self) -> None:
         """Run all that is queued.
@@ -353,7 +249,7 @@ class ModelledBackend:
         if self.violation is None:
             for stream in self._streams:
                 self.synchronize(self.record(stream))
-            for memory in self._memories:
+            for memory in self._memory.all():
                 memory.accesses.clear()
         if self.violation is not None:
             raise self.violation
@@ -378,7 +274,7 @@ class ModelledBackend:
                 queue = stream.queue
                 while queue:
                     head = queue[0]
-                    if type(head) is _Operation:
+                    if type(head) is Operation:
                         ready.append(stream)
                         break
                     if type(head) is ModelledEvent:
@@ -397,7 +293,7 @@ class ModelledBackend:
         """Start or end the operation at the head of a stream."""
         self._patience_left = self._patience
         operation = stream.queue[0]
-        assert isinstance(operation, _Operation)
+        assert isinstance(operation, Operation)
         if self._trace is not None:
             self._trace.append(f"{'end' if operation.is_running else 'start'}: {operation}")
         if operation.is_running:
@@ -410,21 +306,21 @@ class ModelledBackend:
             operation.is_running = True
             self._running.append(operation)
 
-    def _start(self, operation: _Operation) -> None:
+    def _start(self, operation: Operation) -> None:
         for memory, start, stop in operation.reads:
-            if memory.written is not None and memory.written.find(0, start, stop) >= 0:
+            if memory.is_poisoned(start, stop):
                 self._fail(f"{operation} reads {memory.cell(start, stop)}, where nothing was written yet")
         for other in self._running:
-            if cell := _clash(operation.writes, other.writes) or _clash(operation.reads, other.writes):
+            if cell := clash(operation.writes, other.writes) or clash(operation.reads, other.writes):
                 self._fail(f"{operation} starts while {other} still writes {cell}")
-            if cell := _clash(operation.writes, other.reads):
+            if cell := clash(operation.writes, other.reads):
                 self._fail(f"{operation} overwrites {cell} while {other} still reads it")
 
-    def _end(self, operation: _Operation) -> None:
+    def _end(self, operation: Operation) -> None:
         if operation.snapshot:
-            read = operation.reads[0]
-            if self._read(read) != operation.snapshot:
-                self._fail(f"{read[0].cell(*read[1:])} was overwritten by the host before {operation} had ended")
+            memory, *span = operation.reads[0]
+            if memory.read(*span) != operation.snapshot:
+                self._fail(f"{memory.cell(*span)} was overwritten by the host before {operation} had ended")
         try:
             operation.act()
         except Violation as violation:
@@ -434,10 +330,10 @@ class ModelledBackend:
 
     # Order.
 
-    def _submit(self, operation: _Operation) -> None:
+    def _submit(self, operation: Operation) -> None:
         stream = operation.stream
         clock = stream.clock
-        _merge(clock, self._host_clock)
+        merge(clock, self._host_clock)
         for region in operation.reads:
             self._enter(operation, region, clock, is_write=False)
         for region in operation.writes:
@@ -445,10 +341,12 @@ class ModelledBackend:
         clock[stream.actor - 1] += 1
         operation.position = clock[stream.actor - 1]
         if self._trace is not None:
-            self._trace.append(f"queue: {operation}")
+            cells = [f"reads {memory.cell(*span)}" for memory, *span in operation.reads]
+            cells += [f"writes {memory.cell(*span)}" for memory, *span in operation.writes]
+            self._trace.append(f"queue: {operation}: {'; '.join(cells)}")
         stream.queue.append(operation)
 
-    def _enter(self, operation: _Operation, region: Region, clock: list[int], *, is_write: bool) -> None:
+    def _enter(self, operation: Operation, region: Region, clock: list[int], *, is_write: bool) -> None:
         """Note an access; hold it against those that it is not ordered with."""
         memory, start, stop = region
         if len(memory.accesses) > _ACCESSES_KEPT:
@@ -465,14 +363,14 @@ class ModelledBackend:
                     )
                 if self._is_known_to_host(other):
                     continue
-                if memory.written is None and self._read((memory, other_start, other_stop)) != other.snapshot:
+                if not memory.is_device and memory.read(other_start, other_stop) != other.snapshot:
                     self._fail(
                         f"{memory.cell(other_start, other_stop)} was overwritten by the host before {other} was known "
                         "to have ended"
                     )
         memory.accesses.append((operation, start, stop, is_write))
 
-    def _is_known_to_host(self, operation: _Operation) -> bool:
+    def _is_known_to_host(self, operation: Operation) -> bool:
         if not self._checks_order:
             return operation.is_ended
         return self._host_clock[operation.stream.actor - 1] >= operation.position > 0
@@ -485,31 +383,12 @@ class ModelledBackend:
             one.clock.append(0)
         return stream
 
-    # Memory.
-
-    def _add(self, memory: _Memory) -> None:
-        self._memories.append(memory)
-        self._index()
-
-    def _index(self) -> None:
-        """Sort what is alive by address; addresses of what is gone may come again."""
-        self._memories = sorted((one for one in self._memories if one.holder() is not None), key=lambda one: one.base)
-        self._bases = [memory.base for memory in self._memories]
-
-    def _find(self, address: int, byte_count: int) -> _Memory | None:
-        index = bisect_right(self._bases, address) - 1
-        if index < 0:
-            return None
-        memory = self._memories[index]
-        return memory if address + byte_count <= memory.base + memory.byte_count else None
-
     def _region(self, address: int, byte_count: int, role: str, *, is_device: bool) -> Region:
-        memory = self._find(address, byte_count)
-        if memory is None or (memory.written is not None) is not is_device:
+        region = self._memory.region(address, byte_count)
+        if region is None or region[0].is_device is not is_device:
             where = "memory of the device" if is_device else "registered or staging memory"
             self._fail(f"{role}, {byte_count} bytes, is not in {where}")
-        start = address - memory.base
-        return memory, start, start + byte_count
+        return region
 
     def _rows(self, tensor: torch.Tensor, row_ids: Iterable[int]) -> list[Region]:
         row_bytes = tensor.nbytes // tensor.shape[0]
@@ -519,31 +398,5 @@ class ModelledBackend:
             self._fail(f"a kernel touches rows {list(row_ids)} of {memory.name}, which has {tensor.shape[0]}")
         return regions
 
-    def _read(self, region: Region) -> bytes:
-        memory, start, stop = region
-        return ctypes.string_at(memory.base + start, stop - start)
-
-    def _write(self, region: Region, content: bytes) -> None:
-        memory, start, stop = region
-        assert memory.written is not None and len(content) == stop - start
-        ctypes.memmove(memory.base + start, content, stop - start)
-        memory.written[start:stop] = b"\1" * (stop - start)
-
     def _fail(self, message: str) -> NoReturn:
         raise self.violate(message)
-
-
-def _merge(clock: list[int], other: list[int]) -> None:
-    """Know what the other knows."""
-    for index, position in enumerate(other):
-        if position > clock[index]:
-            clock[index] = position
-
-
-def _clash(some: list[Region], others: list[Region]) -> str:
-    """A cell that is in both; empty where there is none."""
-    for memory, start, stop in some:
-        for other_memory, other_start, other_stop in others:
-            if memory is other_memory and start < other_stop and other_start < stop:
-                return memory.cell(max(start, other_start), min(stop, other_stop))
-    return ""

@@ -7,17 +7,14 @@ import mmap
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 
-from vllm_moecxl.data.host import locked_limit_bytes
 from vllm_moecxl.units import GIB, format_bytes
 
 #: A driver keeps a table for each registration, in one allocation of limited size: 512 GiB at once fail since NVIDIA's
 #: R580. Pieces also tell how far it got. Source: https://github.com/LMCache/LMCache/pull/5177.
 PIECE_BYTES = GIB
-_CAP_IPC_LOCK = 14
 
 logger = logging.getLogger("vllm.moecxl")
 
@@ -30,7 +27,6 @@ class PinnedMemory:
     Args:
         pin: registers [address, address + byte count), whole pages, and returns the device's error code, 0 for none.
         unpin: undoes that, given the address.
-        limit_bytes: of all that is registered; None for no limit.
         piece_bytes: at most at once; whole pages.
     """
 
@@ -38,14 +34,12 @@ class PinnedMemory:
         self,
         pin: Callable[[int, int], int],
         unpin: Callable[[int], object],
-        limit_bytes: int | None,
         piece_bytes: int = PIECE_BYTES,
     ) -> None:
         assert piece_bytes > 0 and piece_bytes % mmap.PAGESIZE == 0
         self.pinned_bytes = 0
         self._pin = pin
         self._unpin = unpin
-        self._limit_bytes = limit_bytes
         self._piece_bytes = piece_bytes
         self._lock = threading.Lock()
         #: By address: the tensor, which must not be freed while the device knows of it, and the pieces' ranges.
@@ -53,12 +47,11 @@ class PinnedMemory:
         #: Addresses where one piece ends and the next begins.
         self._seams: tuple[int, ...] = ()
 
-    def add(self, memory: torch.Tensor, *, is_limited: bool = True) -> bool:
+    def add(self, memory: torch.Tensor) -> bool:
         """Register a tensor's pages, all of them or none.
 
         Args:
             memory: contiguous; nobody else has a part of its pages.
-            is_limited: whether it has to stay within the limit.
 
         Returns:
             Whether it worked; the log says why it did not.
@@ -70,14 +63,16 @@ class PinnedMemory:
         with self._lock:
             assert memory.data_ptr() not in self._entries
             byte_count = pieces[-1].stop - pieces[0].start
-            if is_limited and self._limit_bytes is not None and self.pinned_bytes + byte_count > self._limit_bytes:
-                self._warn(byte_count, "that is more than this process may lock")
-                return False
             for index, piece in enumerate(pieces):
                 if code := self._pin(piece.start, len(piece)):
                     for earlier in reversed(pieces[:index]):
                         self._unpin(earlier.start)
-                    self._warn(byte_count, f"piece {index + 1} of {len(pieces)} was refused (error {code})")
+                    logger.warning(
+                        "MoE offload: %s of host memory cannot be registered with the device, beside the %s that are: "
+                        "piece %d of %d was refused (error %d). Copies go through a staging ring instead, which takes "
+                        "longer",
+                        *(format_bytes(byte_count), format_bytes(self.pinned_bytes), index + 1, len(pieces), code),
+                    )
                     return False
             self._entries[memory.data_ptr()] = memory, pieces
             self.pinned_bytes += byte_count
@@ -123,19 +118,3 @@ class PinnedMemory:
 
     def _find_seams(self) -> tuple[int, ...]:
         return tuple(sorted(piece.start for _, pieces in self._entries.values() for piece in pieces[1:]))
-
-    def _warn(self, byte_count: int, reason: str) -> None:
-        limit = "no limit" if self._limit_bytes is None else format_bytes(self._limit_bytes)
-        logger.warning(
-            "MoE offload: %s of host memory cannot be registered with the device, beside the %s that are: %s. Copies "
-            "go through a staging ring instead, which takes longer. This process may lock %s (ulimit -l; docker: "
-            "--ulimit memlock=-1)",
-            *(format_bytes(byte_count), format_bytes(self.pinned_bytes), reason, limit),
-        )
-
-
-def pin_limit_bytes(status: Path = Path("/proc/self/status")) -> int | None:
-    """How much memory this process may pin; None for no limit, which is also what a privileged process has."""
-    rows = dict(line.split(":", 1) for line in status.read_text().splitlines())
-    is_privileged = int(rows.get("CapEff", "0"), 16) >> _CAP_IPC_LOCK & 1
-    return None if is_privileged else locked_limit_bytes()
