@@ -118,4 +118,4 @@ def test_always_is_refused_where_the_kernel_cannot_read_the_homes(
     assert run.returncode != 0
     (sentence,) = {line.partition("ConfigError: ")[2] for line in run.stderr.splitlines() if "ConfigError: " in line}
     assert sentence.startswith('--moe-offload-config: in_place="always" is not possible: ')
-    assert 'name one bank of memory on the CPU engine, or use "auto"' in sentence
+    assert 'name one bank of memory on the CPU engine without verify="fetch", or use "auto"' in sentence

@@ -10,22 +10,27 @@ from typing import Any
 import pytest
 
 from tests.property.test_guards_bite import Owner, take_out
-from tests.unit import test_banks, test_runtime, test_slabfile, test_slabs
+from tests.support.homes import end_hands
+from tests.unit import test_banks, test_counters, test_mover, test_runtime, test_slabfile, test_slabs
 from tests.unit.linux import test_direct_file
-from vllm_moecxl.data import profiles, slabfile
+from vllm_moecxl.data import profiles, slabfile, slabs
 from vllm_moecxl.data.banks import memory as memory_banks
 from vllm_moecxl.data.banks.emulated import EmulatedBank
+from vllm_moecxl.data.banks.file import FileBank
 from vllm_moecxl.data.banks.memory import MemoryBank
-from vllm_moecxl.data.links import Links
+from vllm_moecxl.data.mover import Mover
 from vllm_moecxl.data.slabfile import SlabFile
-from vllm_moecxl.data.slabs import Cells, Home, HomeBuilder
+from vllm_moecxl.data.slabs import Home, HomeBuilder, Shard
 from vllm_moecxl.data.slabwriter import SlabFileWriter
 from vllm_moecxl.linux import direct_file
 from vllm_moecxl.linux.direct_file import DirectFile
+from vllm_moecxl.runtime.counters import Counters
 from vllm_moecxl.runtime.placing import Placer
 from vllm_moecxl.runtime.runtime import OffloadRuntime
 
 _BITES = (Exception, pytest.fail.Exception)  # a guard's absence may show as anything but a test that passes
+#: Without its guard, a test of threads may wait for what never happens.
+_PATIENCE_S = 1.0
 _STRIPED = test_slabs.ROUTES["striped over three"]
 _BOTH = test_slabs.FILE_ROUTES["both"]
 
@@ -33,6 +38,21 @@ _BOTH = test_slabs.FILE_ROUTES["both"]
 def run(test: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **arguments: Any) -> None:
     """Call a test of another file with the fixtures that it asks for."""
     originals = test_slabs.ragged_layer()
+    made: list[test_mover.Setup] = []
+
+    def setup(*what: Any, **options: Any) -> test_mover.Setup:
+        made.append(test_mover.Setup(*what, **options))
+        changed = made[-1].mover._changed
+        wait = changed.wait
+
+        def wait_no_longer(timeout_s: float | None = None) -> bool:
+            is_short = timeout_s is not None and timeout_s < _PATIENCE_S
+            assert wait(timeout_s if is_short else _PATIENCE_S) or is_short, "somebody waits for nothing"
+            return True
+
+        changed.wait = wait_no_longer  # type: ignore[method-assign]
+        return made[-1]
+
     offered: dict[str, Callable[[], Any]] = {
         "tmp_path": lambda: tmp_path,
         "path": lambda: tmp_path / "model.slabs",
@@ -40,10 +60,16 @@ def run(test: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "monkeypatch": lambda: monkeypatch,
         "packed": lambda: (test_slabs.pack_ragged(tmp_path, originals), originals),
         "device": lambda: test_banks.make_device(tmp_path),
+        "setup": lambda: setup,
     }
     parameters = inspect.signature(test).parameters.values()
     wanted = {one.name for one in parameters if one.default is inspect.Parameter.empty} - arguments.keys()
+    if test.__module__ == test_mover.__name__:
+        test_mover.make_chunks_small(monkeypatch)
+        monkeypatch.setattr(test_mover, "TIMEOUT_S", _PATIENCE_S)
     test(**{name: offered[name]() for name in wanted}, **arguments)
+    for one in made:
+        end_hands(one.mover)
 
 
 def _row(owner: Owner, name: str, guard: str, instead: str, test: Callable[..., None], **arguments: Any) -> Any:
@@ -65,7 +91,7 @@ CASES = [
         test_banks.test_no_two_banks_have_one_range_and_a_rank_beside_another_is_none_of_its_business,
     ),
     _row(
-        *(MemoryBank, "read", "if self.reads_safely:", "if False:"),
+        *(MemoryBank, "read", "memory.copy_safely if self.reads_safely else memory.copy", "memory.copy"),
         test_banks.test_a_read_of_memory_that_is_kept_safe_goes_through_the_kernel,
     ),
     _row(
@@ -74,34 +100,55 @@ CASES = [
         row_count=3,
     ),
     # Where slabs lie.
-    _row(Home, "read", "row[start:stop]", "row[: stop - start]", test_slabs.check_routes, routes=_STRIPED),
     _row(
-        *(Home, "_count_bytes", "if byte_count := sum(stop - start for start, stop in shard.cuts):"),
-        "byte_count = sum(stop - start for start, stop in shard.cuts)\n        if True:",
+        *(Home, "read", "target[extent_id][start:stop]", "target[extent_id][: stop - start]"),
+        *(test_slabs.check_routes,),
+        routes=_STRIPED,
+    ),
+    _row(
+        *(Shard, "copy_of", "span.start - self.cuts[span.extent_id][0]", "span.start"),
+        *(test_slabs.check_routes,),
+        routes=_STRIPED,
+    ),
+    _row(
+        *(Home, "bytes_by_bank", "if byte_count := sum(stop - start for start, stop in shard.cuts):"),
+        "if (byte_count := sum(stop - start for start, stop in shard.cuts)) >= 0:",
         test_slabs.test_a_bank_that_got_no_part_of_short_rows_has_no_part_in_their_fetch,
+    ),
+    _row(
+        *(slabs, "_chunks", "if byte_count > room:", "if False:"),
+        test_mover.test_chunks_are_no_larger_than_a_bank_wants_them_and_cover_a_slab_once,
+    ),
+    _row(
+        *(slabs, "_chunks", "min(span_start + chunk_bytes, stop)", "span_start + chunk_bytes"),
+        test_mover.test_chunks_are_no_larger_than_a_bank_wants_them_and_cover_a_slab_once,
+    ),
+    _row(
+        *(MemoryBank, "read", "rows.address(row_id) + offset", "rows.address(row_id)"),
+        test_mover.check_arrival,
+    ),
+    _row(
+        *(FileBank, "read", "rows.start + row_id * rows.row_bytes + offset", "rows.start + row_id * rows.row_bytes"),
+        test_mover.check_arrival_from_a_file,
     ),
     _row(
         *(Home, "__init__", " and shards[0].bank.reads_directly", ""),
         test_slabs.test_rows_are_copied_past_the_bank_only_where_it_allows_that,
     ),
-    _row(
-        *(Cells, "fetch", "elif self._backend.is_host:", "else:\n        assert True\n    if not home.is_direct:"),
-        test_slabs.check_staging,
-    ),
     # What was stored is what is read.
     _row(
-        *(Home, "_verify", "if digest_of(target) != self._digests[expert_id]:", "if False:"),
+        *(Home, "check", "if digest_of(slab) != self._digests[expert_id]:", "if False:"),
         *(test_slabs.test_a_byte_that_flips_in_memory_is_noticed_by_verify_fetch_alone,),
         verify="fetch",
     ),
     _row(
-        *(Home, "_verify", "if self._verifies_once:", "if True:"),
+        *(Home, "check", "if self._verifies_once:", "if True:"),
         *(test_slabfile.test_a_slab_that_changes_after_its_first_read_is_noticed_by_verify_fetch,),
         verify="fetch",
         is_noticed=True,
     ),
     _row(
-        *(Home, "read", "self._verify(expert_ids, targets)", "pass"),
+        *(Home, "read", "self.check(expert_id, target)", "pass"),
         test_slabfile.test_one_bit_of_a_slab_is_noticed_when_it_is_read_unless_nobody_looks,
     ),
     _row(
@@ -110,7 +157,7 @@ CASES = [
         verify="fetch",
     ),
     _row(
-        *(HomeBuilder, "adopt", 'self._links, "fetch", digests', 'self._links, "off", digests'),
+        *(HomeBuilder, "adopt", 'in_file, "fetch", digests', 'in_file, "off", digests'),
         *(test_slabs.test_a_damaged_slab_is_not_taken_into_memory_unless_nobody_looks,),
         verify="load",
     ),
@@ -122,15 +169,109 @@ CASES = [
     ),
     # Nothing is told while something still writes.
     _row(
-        *(Links, "read", "errors = [error for future in futures if (error := future.exception()) is not None]"),
-        "errors = [future.exception() for future in futures if future.done() and future.exception()]",
-        *(test_slabs.test_an_error_of_one_bank_is_told_only_when_the_copies_of_all_have_ended,),
-        failing="first",
+        *(Mover, "cancel", "fetch.transfer.in_flight_count or fetch.is_checking", "fetch.is_checking"),
+        test_mover.check_giving_up,
     ),
     _row(
-        *(Links, "read", "raise errors[0]", "pass"),
-        *(test_slabs.test_an_error_of_one_bank_is_told_only_when_the_copies_of_all_have_ended,),
-        failing="second",
+        *(Mover, "cancel", " or fetch.is_checking", ""),
+        test_mover.check_giving_up_while_looking,
+    ),
+    _row(
+        *(Mover, "cancel", "self._scheduler.cancel(fetch.transfer)", "pass"),
+        test_mover.test_what_is_given_up_before_it_began_is_never_read,
+    ),
+    _row(
+        *(Mover, "_carry", "self._fail(fetch, error, None if fetch.is_whole else link_id)", "pass"),
+        test_mover.check_joining_a_failure,
+    ),
+    _row(
+        *(Mover, "_carry", "self._scheduler.cancel(chunk.transfer)", "pass"),
+        test_mover.check_joining_a_failure,
+    ),
+    _row(
+        *(Mover, "promote", "if fetch.error is not None or", "if"),
+        test_mover.check_joining_a_failure,
+    ),
+    _row(
+        *(Mover, "_unlocked", "self._lock.release()\n", "self._lock.acquire()\n    self._lock.release()\n"),
+        test_mover.test_two_banks_are_read_at_the_same_time,
+    ),
+    # A thread that is ended takes nothing with it.
+    _row(
+        *(Mover, "_carry", "self._scheduler.give_back(chunk, self._clock())", "pass"),
+        test_mover.check_an_ended_hand,
+    ),
+    _row(
+        *(Mover, "_carry", "self._links[link_id].work.notify_all()", "pass"),
+        test_mover.check_taking_over,
+    ),
+    _row(
+        *(Mover, "_serve", "self.failure = error", "pass"),
+        test_mover.check_a_hand_that_cannot_begin,
+    ),
+    _row(
+        *(Mover, "_land", "fetch.is_checking = False", "pass"),
+        test_mover.check_an_ended_look,
+    ),
+    # Banks that are late, and those that have what they have.
+    _row(
+        *(Home, "pieces", "(places[index], *replicas)", "(places[index],)"),
+        test_mover.check_replica,
+    ),
+    _row(
+        *(Mover, "feed", "link.work.notify()", "pass"),
+        test_mover.check_taking_over_at_a_tick,
+    ),
+    _row(
+        *(Mover, "_report_slow_links", "link.is_reported_slow = True", "pass"),
+        test_mover.check_slow_bank,
+    ),
+    # What the device does later.
+    _row(
+        *(Mover, "wait", "self._backend.wait(compute, event)", "pass"),
+        test_mover.check_device,
+    ),
+    _row(
+        *(Mover, "_is_readable", "not fetch.unissued_count", "True"),
+        test_mover.check_device,
+    ),
+    _row(
+        *(Mover, "_copy_staged", "ring.release_after(cell, event)", "ring.release_after(cell, None)"),
+        test_mover.check_device,
+    ),
+    _row(
+        *(Mover, "_copy_staged", "ring.release_after(cell, event)", "event and ring.release_after(cell, event)"),
+        test_mover.check_failing_reads,
+    ),
+    _row(
+        *(Mover, "_copy", "if fetch.after is not None:", "if False:"),
+        test_mover.check_after,
+    ),
+    _row(
+        *(Mover, "_copy_checked", "if fetch.after is not None:", "if False:"),
+        *(test_mover.check_after,),
+        verify="fetch",
+    ),
+    _row(
+        *(Mover, "start", "fetch.is_whole = True", "pass"),
+        *(test_mover.check_device,),
+        verify="fetch",
+    ),
+    _row(
+        *(Mover, "_copy", "if fetch.is_whole:", "if fetch.home.needs_check(fetch.expert_id):"),
+        test_mover.check_asked_for_twice,
+    ),
+    _row(
+        *(Mover, "_carry", "fetch.events.append(event)", "fetch.events[:] = [event]"),
+        test_mover.check_late_note,
+    ),
+    _row(
+        *(Mover, "close", "while any(link.in_flight for link in self._links)", "while False"),
+        test_mover.test_closing_waits_for_the_device_which_reads_the_banks,
+    ),
+    _row(
+        *(Counters, "add", "with self._lock:", "if True:"),
+        test_counters.test_what_several_threads_count_is_all_counted,
     ),
     _row(
         *(DirectFile, "read_into"),

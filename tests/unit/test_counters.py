@@ -3,8 +3,8 @@
 import re
 import subprocess
 import sys
-import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
@@ -117,24 +117,24 @@ def test_what_moves_on_the_links_is_counted_by_bank_and_cause_in_bytes_slabs_and
 
 def test_what_several_threads_count_is_all_counted() -> None:
     counters = Counters(["dram"])
-    start = threading.Barrier(4)
+    values = counters.values
 
-    def count() -> None:
-        start.wait(20)
-        for _ in range(2000):
-            counters.moved("dram", 1, Cause.DEMAND)
+    class Guarded:
+        """Values that are looked at and changed by one thread at a time."""
 
-    interval_s = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)  # so that a thread is interrupted between reading and writing a value
-    try:
-        threads = [threading.Thread(target=count) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(interval_s)
-    assert counters.values[counters.fetch_bytes["dram", Cause.DEMAND]] == 8000
+        def __getitem__(self, row: int) -> Any:
+            assert counters._lock._is_owned(), "another thread may count between"  # type: ignore[attr-defined]
+            return values[row]
+
+        def __setitem__(self, row: int, value: Any) -> None:
+            assert counters._lock._is_owned()  # type: ignore[attr-defined]
+            values[row] = value
+
+    counters.values = Guarded()  # type: ignore[assignment]
+    counters.moved("dram", 3, Cause.DEMAND)
+    counters.landed(Cause.DEMAND, 0.5)
+    counters.was_busy("dram", 0.5)
+    assert values[counters.fetch_bytes["dram", Cause.DEMAND]] == 3
 
 
 def test_a_wait_is_counted_also_where_it_ends_in_an_error() -> None:

@@ -48,12 +48,17 @@ TIMEOUT_S = 20
 CHUNK_BYTES = 8 * KIB
 
 
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks that the slabs of these tests have many of."""
+def make_chunks_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks that the slabs of these tests have many of, and a ring that has fewer cells than that."""
     monkeypatch.setattr(base, "CHUNK_BYTES_MIN", CHUNK_BYTES)
     monkeypatch.setattr(base, "CHUNK_BYTES_MAX", CHUNK_BYTES)
     monkeypatch.setattr(FileBank, "chunk_bytes", CHUNK_BYTES)
+    monkeypatch.setattr(movers, "_STAGING_CELL_COUNT", 2)
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_chunks_small(monkeypatch)
 
 
 class Told:
@@ -195,6 +200,12 @@ def adopt(folder: Path, originals: dict[str, torch.Tensor], routes: Sequence[Rou
 @pytest.mark.parametrize("has_hands", [False, True])
 @pytest.mark.parametrize("routes", ROUTES.values(), ids=ROUTES)
 def test_slabs_arrive_from_any_route(setup: MakeSetup, routes: list[Route], verify: Verify, *, has_hands: bool) -> None:
+    check_arrival(setup, routes, verify, has_hands=has_hands)
+
+
+def check_arrival(
+    setup: MakeSetup, routes: list[Route] = ROUTES["of every kind"], verify: Verify = "off", *, has_hands: bool = False
+) -> None:
     originals = ragged_layer()
     one = setup(store(dict(originals), routes, banks_of_three(), verify), has_hands=has_hands)
     for expert_ids in ([5, 2], [0], range(EXPERT_COUNT)):
@@ -210,6 +221,17 @@ def test_slabs_arrive_from_any_route(setup: MakeSetup, routes: list[Route], veri
 @pytest.mark.parametrize("routes", FILE_ROUTES.values(), ids=FILE_ROUTES)
 def test_slabs_arrive_from_a_file_and_from_memory_beside_it(
     setup: MakeSetup, tmp_path: Path, routes: list[Route], verify: Verify, *, has_hands: bool
+) -> None:
+    check_arrival_from_a_file(setup, tmp_path, routes, verify, has_hands=has_hands)
+
+
+def check_arrival_from_a_file(
+    setup: MakeSetup,
+    tmp_path: Path,
+    routes: list[Route] = FILE_ROUTES["file alone"],
+    verify: Verify = "off",
+    *,
+    has_hands: bool = False,
 ) -> None:
     originals = ragged_layer()
     one = setup(adopt(tmp_path, originals, routes, verify), has_hands=has_hands)
@@ -340,12 +362,15 @@ def test_a_fetch_that_failed_before_anybody_waited_tells_whoever_joins_it(setup:
 
 
 def check_joining_a_failure(setup: MakeSetup) -> None:
-    one = setup(store(ragged_layer(), banks=[open_bank("dram", TransferError("gone"))]))
-    fetch = one.start(0, Cause.PREFETCH)
-    one.mover.feed()
-    one.mover.promote(fetch, Cause.DEMAND, 0.0)
-    with pytest.raises(TransferError, match="gone"):
-        one.mover.wait([fetch])
+    for layer in (ragged_layer(), {"w": random_bits((2, 100), torch.uint8)}):  # of several chunks, and of one
+        bank = open_bank("dram", TransferError("gone"))
+        one = setup(store(layer, banks=[bank]))
+        fetch = one.start(0, Cause.PREFETCH)
+        one.mover.feed()
+        assert bank.read_count == 1, "half a slab is of no use"
+        assert not one.mover.promote(fetch, Cause.DEMAND, 0.0) and fetch.is_over
+        with pytest.raises(TransferError, match="gone"):
+            one.mover.wait([fetch])
 
 
 def test_what_is_given_up_before_it_began_is_never_read(setup: MakeSetup) -> None:
@@ -509,17 +534,20 @@ def test_a_bank_with_several_readers_is_read_by_all_of_them_at_the_same_time(set
     one.check(originals, [0])
 
 
-def end_a_hand(monkeypatch: pytest.MonkeyPatch, when: Callable[[], bool]) -> None:
-    """Raise in a hand that reads while `when` says so, as the interpreter does to a thread that is to end."""
+def end_a_hand(monkeypatch: pytest.MonkeyPatch, when: Callable[[], bool]) -> list[threading.Thread]:
+    """Raise in hands that read while `when` says so, as the interpreter does to a thread that is to end; who did."""
     read = Home.read_piece
+    ended: list[threading.Thread] = []
 
     def ending(self: Home, piece: Piece, source: int, targets: Sequence[torch.Tensor]) -> None:
         if threading.current_thread().name.startswith("moecxl-") and when():
             targets[0].fill_(0xFF)
+            ended.append(threading.current_thread())
             raise SystemExit
         read(self, piece, source, targets)
 
     monkeypatch.setattr(Home, "read_piece", ending)
+    return ended
 
 
 def test_a_hand_that_is_ended_gives_its_chunk_back_and_whoever_waits_carries_on(
@@ -529,7 +557,7 @@ def test_a_hand_that_is_ended_gives_its_chunk_back_and_whoever_waits_carries_on(
 
 
 def check_an_ended_hand(setup: MakeSetup, monkeypatch: pytest.MonkeyPatch) -> None:
-    originals = ragged_layer()
+    originals = {"w": random_bits((6, 100), torch.uint8)}  # one chunk
     one = setup(store(dict(originals)), has_hands=True)
     end_a_hand(monkeypatch, lambda: True)
     fetch = one.start(3, Cause.PREFETCH)
@@ -539,7 +567,7 @@ def check_an_ended_hand(setup: MakeSetup, monkeypatch: pytest.MonkeyPatch) -> No
     one.mover.promote(fetch, Cause.DEMAND, 0.0)
     one.mover.wait([fetch])
     one.check(originals, [3])
-    assert one.told.failures == [] and one.told.total_bytes == one.home.slab_bytes
+    assert one.told.failures == [] and one.told.total_bytes == one.home.slab_bytes and one.mover.is_idle
     one.mover.wait([one.start(5)])
     one.check(originals, [3, 5])
 
@@ -555,7 +583,7 @@ def check_taking_over(setup: MakeSetup, monkeypatch: pytest.MonkeyPatch) -> None
     bank.reader_count = 2
     originals = {"w": random_bits((2, 100), torch.uint8)}  # one chunk
     one = setup(store(dict(originals), banks=[bank]), has_hands=True)
-    end_a_hand(monkeypatch, lambda: bank.read_count == 0 and not bank.began.set() and bank.gate.wait(TIMEOUT_S))
+    ended = end_a_hand(monkeypatch, lambda: bank.read_count == 0 and not bank.began.set() and bank.gate.wait(TIMEOUT_S))
     one.start(0, Cause.PREFETCH)
     assert bank.began.wait(TIMEOUT_S)
     bank.read_count = 1  # the second read passes, in the other hand, which is idle after it
@@ -565,7 +593,8 @@ def check_taking_over(setup: MakeSetup, monkeypatch: pytest.MonkeyPatch) -> None
     bank.gate.set()
     one.told.wait_for(lambda: len(one.told.causes) == 2)
     one.check(originals, [0, 1])
-    assert isinstance(one.mover.failure, SystemExit) and len(hands(one.mover)) == 1
+    ended[0].join(TIMEOUT_S)
+    assert isinstance(one.mover.failure, SystemExit) and len(hands(one.mover)) == len(ended) == 1
 
 
 def test_a_thread_that_is_ended_while_it_looks_at_a_digest_leaves_that_to_whoever_waits(setup: MakeSetup) -> None:
@@ -586,6 +615,7 @@ def check_an_ended_look(setup: MakeSetup) -> None:
     fetch = one.start(1, Cause.PREFETCH)
     for thread in hands(one.mover):
         thread.join(TIMEOUT_S)
+    assert not fetch.is_checking
     one.mover.promote(fetch, Cause.DEMAND, 0.0)
     one.mover.wait([fetch])
     assert fetch.has_landed and one.told.causes == [Cause.PREFETCH]
@@ -675,19 +705,29 @@ def check_taking_over_at_a_tick(setup: MakeSetup, tmp_path: Path) -> None:
     originals, memory, clock = ragged_layer(), Gated("memory", gated_count=1), Clock()
     home = beside_a_file(tmp_path, originals, memory)
     one = setup(home, has_hands=True, clock=clock)
-    first_bytes = home.pieces(0)[0].byte_count
+    file = one.banks[1]
+    assert isinstance(file, FileBank)
+    file.reader_count = 1
+    # Something from the file alone: when that has arrived its hand is idle.
+    packed = file.slabs.layers["layer"]
+    in_file = HomeBuilder(one.banks, "off").adopt(packed, file, [(Part(1, 1.0),)] * EXPERT_COUNT)
+    one.mover.start(in_file, 5, one.cells.rows(5), Cause.PREFETCH, 0.0)
+    one.told.wait_for(lambda: one.told.causes == [Cause.PREFETCH])
+    one.mover.poll()
     fetch = one.start(0, Cause.PREFETCH)
     try:
         assert memory.began.wait(TIMEOUT_S)
         one.mover.feed()
-        assert one.told.total_bytes == 0, "nothing is stolen from a bank that is on time"
+        one.mover.poll()
+        assert one.told.of(file.name) == home.slab_bytes, "nothing is stolen from a bank that is on time"
         clock.now_s = 5.0
         one.mover.feed()  # as the sidecar does
-        one.told.wait_for(lambda: one.told.of("file:model.slabs") == home.slab_bytes - first_bytes)
+        left_bytes = home.slab_bytes - home.pieces(0)[0].byte_count
+        one.told.wait_for(lambda: one.told.of(file.name) == home.slab_bytes + left_bytes)
     finally:
         memory.gate.set()
     one.told.wait_for(lambda: fetch.has_landed)
-    one.check(originals, [0])
+    one.check(originals, [0, 5])
 
 
 def test_a_bank_on_time_is_read_although_there_is_a_replica(setup: MakeSetup, tmp_path: Path) -> None:
@@ -701,6 +741,11 @@ def test_a_bank_on_time_is_read_although_there_is_a_replica(setup: MakeSetup, tm
 def test_a_bank_that_does_not_answer_is_told_of_once(
     setup: MakeSetup, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    check_slow_bank(setup, monkeypatch)
+    assert caplog.text.count("bank stuck has not answered a read for") == 1
+
+
+def check_slow_bank(setup: MakeSetup, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(movers, "_SLOW_S", 0.001)
     bank = Gated("stuck")
     one = setup(store({"w": random_bits((2, 100), torch.uint8)}, banks=[bank]), has_hands=True)
@@ -717,7 +762,6 @@ def test_a_bank_that_does_not_answer_is_told_of_once(
     monkeypatch.setattr(one.mover, "_report_slow_links", third_time)
     one.mover.wait([fetch])
     assert one.told.failures == ["stuck"]
-    assert caplog.text.count("bank stuck has not answered a read for") == 1
 
 
 def test_time_on_the_links_is_counted_from_the_first_chunk_to_the_last(setup: MakeSetup) -> None:
@@ -819,9 +863,8 @@ class Deferred(CpuBackend):
         assert isinstance(event, _Point)
         with self._lock:
             while event.queue.done_count < event.count:
-                work = event.queue.work[event.queue.done_count]
+                event.queue.work[event.queue.done_count]()
                 event.queue.done_count += 1
-                work()
 
     def finish_all(self) -> None:
         """Do everything that was queued."""
@@ -984,15 +1027,15 @@ def check_failing_reads(setup: MakeSetup) -> None:
     originals = ragged_layer()
     bank = open_bank("dram", TransferError("gone"))
     one, backend = device(setup, store(dict(originals), banks=[bank]))
-    for _ in range(2 * movers._STAGING_CELL_COUNT):
-        fetch = one.start(0)
-        with pytest.raises(TransferError):
-            one.mover.wait([fetch])
-        one.mover.cancel([fetch])
-    bank.error = None
     ended = threading.Event()
 
     def wait() -> None:
+        for _ in range(2 * movers._STAGING_CELL_COUNT):
+            fetch = one.start(0)
+            with pytest.raises(TransferError):
+                one.mover.wait([fetch])
+            one.mover.cancel([fetch])
+        bank.error = None
         one.mover.wait([one.start(0)])
         ended.set()
 

@@ -301,9 +301,9 @@ def test_a_bank_that_fails_is_down_in_the_metrics_and_the_forward_fails(tmp_path
 
 def test_verify_fetch_looks_at_every_slab_of_every_bank() -> None:
     toy = ToyMoe(EXPERT_COUNT, 1)
-    runtime = start(EXPERT_COUNT, verify="fetch", passes="fast")
+    runtime = start(EXPERT_COUNT, verify="fetch", passes="fast", in_place="auto")
     dispatch = runtime.install(loaded(toy))
-    assert dispatch.home.tensors is not None
+    assert dispatch.home.tensors is not None, "in one bank, where a kernel could read them past us"
     dispatch.home.tensors[0][3, 0, 0] += 1
     ids = torch.tensor([[3, 4]], dtype=torch.int32)
     with pytest.raises(IntegrityError, match=r"expert 3 of layers.0 is not what was stored in bank dram"):

@@ -236,12 +236,14 @@ class OffloadRuntime:
             )
 
         if check is not None:
+            counted = self.counters.values.copy()
             tried = partial(dispatch, costs=partial(self._costs, home, "never")) if is_cut else dispatch
             if buffer is not None and self._backend.is_host and not home.is_direct:
                 # Passes fetch a slab many times over: from a slow bank, once is enough.
                 rehearsed = self._borrow(layer.name, home, buffer)
                 tried = partial(dispatch, home=rehearsed, costs=partial(self._costs, rehearsed, "never"))
             pass_kind = self._confirm(check, layer, pass_kind, buffer, tried)
+            self.counters.values[:] = counted  # no request asked for what was fetched
         installed = self.dispatches[layer.name] = dispatch(pass_kind, buffer, self.counters)
         if (hot := self._placement.hot[layer_id]).size:
             installed.preload(hot.tolist())
@@ -276,7 +278,8 @@ class OffloadRuntime:
         if in_place == "always" and not is_addressable:
             raise ConfigError(
                 f'--moe-offload-config: in_place="always" is not possible: the kernel of {home.name} cannot read all '
-                'its experts where they are, name one bank of memory on the CPU engine, or use "auto"'
+                'its experts where they are, name one bank of memory on the CPU engine without verify="fetch", or use '
+                '"auto"'
             )
         by_bank = home.bytes_by_bank(range(home.expert_count))
         rates = {bank.name: bank.profile.read_bytes_per_s for bank in self.banks}
