@@ -1,10 +1,11 @@
-"""What our Python adds to one layer at a full hit, beside the kernel: microseconds a call."""
+"""What our Python adds to one layer at a full hit while the sidecar runs, beside the kernel: microseconds a call."""
 
 from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 
@@ -12,16 +13,20 @@ import numpy as np
 import torch
 
 from benchmarks.common import Result, quantile
+from vllm_moecxl.control.cost import LayerCosts
 from vllm_moecxl.control.eviction import POLICIES
+from vllm_moecxl.control.layer_order import LayerOrder
 from vllm_moecxl.control.placement import Part
 from vllm_moecxl.control.residency import Residency
 from vllm_moecxl.data.banks.memory import DramBank
 from vllm_moecxl.data.devices.cpu import CpuBackend
-from vllm_moecxl.data.links import Links
+from vllm_moecxl.data.mover import Mover
 from vllm_moecxl.data.profiles import PUBLISHED
 from vllm_moecxl.data.slabs import Cells, HomeBuilder
 from vllm_moecxl.runtime.counters import Counters
 from vllm_moecxl.runtime.dispatch import Dispatch
+from vllm_moecxl.runtime.sidecar import Sidecar
+from vllm_moecxl.runtime.slots import SlotCache
 from vllm_moecxl.types import PassKind
 
 _SEED = 11
@@ -55,28 +60,46 @@ def _kernel(x: torch.Tensor, topk_weights: torch.Tensor, slot_ids: torch.Tensor)
     return x
 
 
-def full_hit_dispatch(case: Case, forward: Forward = _kernel) -> Dispatch:
-    """A dispatch over tiny slabs whose experts are all resident."""
+@contextmanager
+def full_hit_dispatch(case: Case, *, has_sidecar: bool = True) -> Iterator[Dispatch]:
+    """A dispatch over tiny slabs whose experts are all resident.
+
+    Args:
+        has_sidecar: whether the sidecar's thread runs beside it, as in an engine.
+    """
     bank = DramBank("dram", "dram", None, PUBLISHED["dram"])
     tensors = {"weight": torch.zeros(case.expert_count, 8)}
-    home = HomeBuilder([bank], Links(1), "load").store("layer", tensors, [(Part(0, 1.0),)] * case.expert_count)
-    backend = CpuBackend()
+    home = HomeBuilder([bank], "load").store("layer", tensors, [(Part(0, 1.0),)] * case.expert_count)
+    backend, counters = CpuBackend(), Counters(["dram"])
+    mover = Mover([bank], backend, counters)
+    sidecar = Sidecar(mover, [bank], backend, counters)
+    residency = Residency(case.expert_count, case.expert_count, POLICIES["lru"](case.expert_count))
+    cells = Cells(home.layout, case.expert_count, backend)
+    rate = PUBLISHED["dram"].read_bytes_per_s
     dispatch = Dispatch(
         "layer",
-        Residency(case.expert_count, case.expert_count, POLICIES["lru"](case.expert_count)),
-        home,
-        Cells(home.layout, case.expert_count, backend),
+        0,
+        SlotCache(residency, home, cells, backend, mover, counters),
         None,
+        LayerCosts(case.expert_count, home.slab_bytes, rate, rate),
+        LayerOrder(1),
+        sidecar,
         backend,
-        Counters(["dram"]),
-        forward,
+        counters,
+        _kernel,
         lambda _: None,
         PassKind.TOKEN,
     )
-    everything = torch.arange(case.expert_count, dtype=torch.int32).view(-1, 1)
-    dispatch(torch.zeros(case.expert_count, _HIDDEN_SIZE), torch.ones(case.expert_count, 1), everything)
-    assert bool(dispatch.residency.resident_mask().all())
-    return dispatch
+    dispatch.preload(range(case.expert_count))
+    assert bool(residency.resident_mask().all())
+    if has_sidecar:
+        sidecar.start()
+    try:
+        yield dispatch
+        assert sidecar.watch() == has_sidecar
+    finally:
+        sidecar.stop()
+        mover.close()
 
 
 def _routings(case: Case) -> list[torch.Tensor]:
@@ -112,15 +135,22 @@ def _times_us(forward: Forward, case: Case, call_count: int) -> list[float]:
 
 
 def measure(case: Case, call_count: int) -> Result:
-    """Microseconds that dispatch adds to the call of the kernel, over `call_count` calls."""
+    """Microseconds that dispatch adds to the call of the kernel, over `call_count` calls, with the sidecar running.
+
+    What it adds without the sidecar stands beside it.
+    """
     call_us = median(_times_us(_kernel, case, call_count))
-    added_us = [time_us - call_us for time_us in _times_us(full_hit_dispatch(case), case, call_count)]
+    with full_hit_dispatch(case) as dispatch:
+        added_us = [time_us - call_us for time_us in _times_us(dispatch, case, call_count)]
+    with full_hit_dispatch(case, has_sidecar=False) as dispatch:
+        alone_us = median(_times_us(dispatch, case, call_count)) - call_us
     return {
         "experts": case.expert_count,
         "topk": case.topk,
         "tokens": case.token_count,
         "us_median": round(median(added_us), 2),
         "us_p99": round(quantile(added_us, 0.99), 2),
+        "us_median_without_sidecar": round(alone_us, 2),
     }
 
 

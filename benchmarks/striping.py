@@ -19,10 +19,11 @@ from vllm_moecxl.data.banks.make import make_banks
 from vllm_moecxl.data.devices.cpu import CpuBackend
 from vllm_moecxl.data.host import anonymous_tensor
 from vllm_moecxl.data.layout import SlabLayout
-from vllm_moecxl.data.links import Links
+from vllm_moecxl.data.mover import Mover
 from vllm_moecxl.data.profiles import Profiles
 from vllm_moecxl.data.slabs import STRIPE_GRANULE_BYTES, Cells, HomeBuilder
-from vllm_moecxl.types import StripeMode
+from vllm_moecxl.runtime.counters import Counters
+from vllm_moecxl.types import Cause, StripeMode
 from vllm_moecxl.units import KIB, MIB, format_bytes
 
 SLAB_MIB = (1, 4, 16, 64)
@@ -113,28 +114,32 @@ def _measure(specs: Sequence[BankSpec], slab_bytes: int, stripe: StripeMode, dur
         stripe,
         part_slack_bytes=4 * STRIPE_GRANULE_BYTES,
     )
-    links = Links(len(banks))
+    mover = Mover(banks, CpuBackend(), Counters([bank.name for bank in banks]))
     tensors = _layer(slab_bytes)
     layout = SlabLayout.of(tensors)
     assert layout.slab_bytes == slab_bytes
     expected = [tensor[-1].clone() for tensor in tensors.values()]
     routes = [placement.routes[route_id] for route_id in placement.route_ids[0]]
-    home = HomeBuilder(banks, links, "off").store("layer", tensors, routes)
+    home = HomeBuilder(banks, "off").store("layer", tensors, routes)
     cells = Cells(layout, _EXPERT_COUNT, CpuBackend())
+
+    def fetch(expert_id: int) -> None:
+        mover.wait([mover.start(home, expert_id, cells.rows(expert_id), Cause.DEMAND, 0.0)])
+
     for expert_id in range(_EXPERT_COUNT):  # threads, and pages of the slots
-        cells.fetch(home, [expert_id], [expert_id])
+        fetch(expert_id)
     fetch_s = []
     wanted = max(_EXPERT_COUNT, round(duration_s * sum_bytes_per_s / slab_bytes))
     started_s = time.perf_counter()
     for index in range(wanted):
         expert_id = index % _EXPERT_COUNT
         start_s = time.perf_counter()
-        cells.fetch(home, [expert_id], [expert_id])
+        fetch(expert_id)
         fetch_s.append(time.perf_counter() - start_s)
     total_s = time.perf_counter() - started_s
     bytes_per_s = slab_bytes / median(fetch_s)
     assert all(torch.equal(cell[-1], row) for cell, row in zip(cells.tensors, expected, strict=True))
-    links.close()
+    mover.close()
     return {
         "slab_bytes": slab_bytes,
         "stripe": stripe,

@@ -11,7 +11,7 @@ import pytest
 
 from tests.property.test_guards_bite import Owner, take_out
 from tests.support.homes import end_hands
-from tests.unit import test_banks, test_counters, test_mover, test_runtime, test_slabfile, test_slabs
+from tests.unit import test_banks, test_counters, test_layer_buffer, test_mover, test_runtime, test_slabfile, test_slabs
 from tests.unit.linux import test_direct_file
 from vllm_moecxl.data import profiles, slabfile, slabs
 from vllm_moecxl.data.banks import memory as memory_banks
@@ -25,6 +25,7 @@ from vllm_moecxl.data.slabwriter import SlabFileWriter
 from vllm_moecxl.linux import direct_file
 from vllm_moecxl.linux.direct_file import DirectFile
 from vllm_moecxl.runtime.counters import Counters
+from vllm_moecxl.runtime.layer_buffer import LayerBuffer
 from vllm_moecxl.runtime.placing import Placer
 from vllm_moecxl.runtime.runtime import OffloadRuntime
 
@@ -246,6 +247,27 @@ CASES = [
     _row(
         *(Mover, "_copy", "if fetch.after is not None:", "if False:"),
         test_mover.check_after,
+    ),
+    _row(
+        *(LayerBuffer, "was_read", "self._read = self._backend.record(self._backend.compute_stream())", "pass"),
+        test_layer_buffer.check_reading,
+    ),
+    _row(
+        *(LayerBuffer, "bring", ", after=self._read", ""),
+        test_layer_buffer.check_reading,
+    ),
+    _row(
+        *(LayerBuffer, "abandon", "self._fetches.clear()", "pass"),
+        test_layer_buffer.test_a_layer_finds_what_is_still_there_and_nothing_of_another,
+    ),
+    _row(
+        *(LayerBuffer, "bring", "if self._mover.promote(fetch, cause, deadline):"),
+        "if self._mover.promote(fetch, cause, deadline) is not None:",
+        test_layer_buffer.test_an_error_that_nobody_waited_for_is_nobodys,
+    ),
+    _row(
+        *(LayerBuffer, "take", "self._mover.cancel([self._fetches.pop(expert_id) for expert_id in brought])", "pass"),
+        test_layer_buffer.test_rows_that_are_taken_from_slots_are_written_by_nothing_else,
     ),
     _row(
         *(Mover, "_copy_checked", "if fetch.after is not None:", "if False:"),

@@ -339,13 +339,6 @@ def test_the_dispatch_property_notices_a_dispatch_without(
             id="what a forward waits for is left to it",
         ),
         pytest.param(
-            *(SlotCache, "_begin", "filling.is_awaited = True", "pass"), id="a joined prefetch is left to it too"
-        ),
-        pytest.param(
-            *(SlotCache, "_give_up", "self._mover.cancel([filling.fetch for filling in fillings.values()])", "pass"),
-            id="nothing writes to a slot that was freed",
-        ),
-        pytest.param(
             *(SlotCache, "_settle", "elif filling.fetch.is_over:", "elif False:"),
             id="a slot whose prefetch was given up is free",
         ),
@@ -364,7 +357,6 @@ def test_the_dispatch_property_notices_a_dispatch_without(
         pytest.param(SlotCache, "settle", "self._count()", "pass", id="slots are counted"),
         # Layer buffers
         pytest.param(LayerBuffer, "claim", "self.abandon()", "pass", id="another layer's slabs are not this one's"),
-        pytest.param(*(LayerBuffer, "abandon", "self._fetches.clear()", "pass"), id="what was given up is forgotten"),
         pytest.param(Dispatch, "_run_layer_buffer", "buffer.claim(self.home)", "pass", id="a layer claims the buffer"),
         pytest.param(
             *(Dispatch, "_bring_following", "not self._helper.is_up or ", ""),
@@ -392,6 +384,10 @@ def test_the_property_of_layers_notices_an_engine_without(
             id="also when the kernel fails",
         ),
         pytest.param(
+            *(test_layers.check_joining, SlotCache, "_begin", "filling.is_awaited = True", "pass"),
+            id="a joined prefetch is left to the forward",
+        ),
+        pytest.param(
             *(test_layers.check_trying_again, SlotCache, "_begin", "self._give_up({expert_id: filling})"),
             *("pass",),
             id="a slab that failed ahead gives its slot back",
@@ -404,6 +400,11 @@ def test_the_property_of_layers_notices_an_engine_without(
         pytest.param(
             *(test_layers.check_looking_ahead_for_a_pass, SlotCache, "look_ahead", ", is_urgent=False", ""),
             id="looking ahead takes no slot that is needed before",
+        ),
+        pytest.param(
+            *(test_layers.check_victim, SlotCache, "_give_up"),
+            *("self._mover.cancel([filling.fetch for filling in fillings.values()])", "pass"),
+            id="nothing writes to a slot that was freed",
         ),
         pytest.param(
             *(test_layers.check_victim, SlotCache, "_take_slot", "victim = max(", "victim = min("),

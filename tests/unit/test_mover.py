@@ -300,6 +300,16 @@ def test_a_byte_that_has_changed_is_an_error_of_the_one_who_waits(
 # -- errors, and giving up
 
 
+def fail_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every read end in an error, with the slab half written."""
+
+    def failing(self: Home, piece: Piece, source: int, targets: Sequence[torch.Tensor]) -> None:
+        targets[0].fill_(0xFF)
+        raise TransferError("gone")
+
+    monkeypatch.setattr(Home, "read_piece", failing)
+
+
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_an_error_of_one_bank_is_told_at_once_and_giving_up_waits_for_the_copies_of_the_others(
     setup: MakeSetup, monkeypatch: pytest.MonkeyPatch, place: int
@@ -640,17 +650,33 @@ def check_a_hand_that_cannot_begin(setup: MakeSetup) -> None:
     one.check(originals, [0])
 
 
-def test_hands_end_when_the_mover_is_closed_and_what_is_in_flight_still_arrives(setup: MakeSetup) -> None:
+def test_closing_ends_the_hands_once_what_is_in_flight_has_arrived(
+    setup: MakeSetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bank = Gated("dram")
     one = setup(store({"w": random_bits((2, 100), torch.uint8)}, banks=[bank]), has_hands=True)
     fetch = one.start(0)
     assert bank.began.wait(TIMEOUT_S)
-    threads = hands(one.mover)
+    (hand,) = hands(one.mover)
+    wait = one.mover._changed.wait
+    monkeypatch.setattr(one.mover._changed, "wait", lambda timeout_s=None: (bank.gate.set(), wait(timeout_s)))
     one.mover.close()
-    assert len(threads) == 1 and threads[0].is_alive()
+    assert fetch.has_landed
+    hand.join(TIMEOUT_S)
+    assert not hand.is_alive() and one.mover.failure is None
+
+
+def test_closing_does_not_wait_for_ever_for_a_bank_that_does_not_answer(
+    setup: MakeSetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(movers, "_CLOSE_S", 0.01)
+    bank = Gated("dram")
+    one = setup(store({"w": random_bits((2, 100), torch.uint8)}, banks=[bank]), has_hands=True)
+    fetch = one.start(0)
+    assert bank.began.wait(TIMEOUT_S)
+    one.mover.close()
+    assert not fetch.has_landed and len(hands(one.mover)) == 1
     bank.gate.set()
-    threads[0].join(TIMEOUT_S)
-    assert fetch.has_landed and not threads[0].is_alive() and one.mover.failure is None
 
 
 # -- slow banks

@@ -102,9 +102,9 @@ def passes_taken(runtime: OffloadRuntime) -> dict[str, float]:
 
 
 def asked_for(runtime: OffloadRuntime) -> dict[str, float]:
-    """What forwards of requests have caused; traffic on the links counts whoever it is for."""
-    metrics = (Metric.LOOKUPS, Metric.PASSES, Metric.STALL_SECONDS, Metric.PREFETCH, Metric.SLOTS)
-    rows = [row for row in runtime.counters.rows() if row.metric in metrics and row.value]
+    """What forwards of requests have caused, and what slots are left."""
+    others = (Metric.BANK_UP, Metric.BANK_BYTES, Metric.BANK_BANDWIDTH, Metric.SIDECAR_UP, Metric.SIDECAR_CPU_SECONDS)
+    rows = [row for row in runtime.counters.rows() if row.metric not in others and row.value]
     return {" ".join((row.metric.name, *row.labels.values())): row.value for row in rows}
 
 

@@ -63,7 +63,7 @@ class LayerCosts:
         #: [experts] seconds that forwards in place have lost for want of a slot.
         self._regret_s = np.zeros(expert_count)
 
-    def runs_in_place(self, hit_count: int, missing: ExpertIds, *, is_narrow: bool) -> bool:
+    def runs_in_place(self, hit_count: int, missing: ExpertIds, *, is_narrow: bool, is_joined: bool = False) -> bool:
         """Whether to run a forward straight from the homes, and note what was decided.
 
         Copying once and reading from the slots ever after is weighed by what has been lost already: an expert is worth
@@ -74,6 +74,7 @@ class LayerCosts:
             hit_count: experts of the forward that are in slots.
             missing: those that are not.
             is_narrow: whether they fit the slots; otherwise copying leaves nothing behind for later forwards.
+            is_joined: whether the kernel reaches the layer buffer through the slots, so that hits need no copy.
 
         Source: the rent-or-buy argument of online algorithms (Karlin, Manasse, Rudolph and Sleator 1988).
         """
@@ -83,7 +84,8 @@ class LayerCosts:
         in_place_s = distinct_count * self._home_s
         copy_s = missing.size * (self._home_s + self._slot_s) + distinct_count * self._slot_s
         if not is_narrow:
-            copy_s += 2 * hit_count * self._slot_s  # from the slots into the layer buffer
+            if not is_joined:
+                copy_s += 2 * hit_count * self._slot_s  # from the slots into the layer buffer
             return in_place_s < copy_s
         if in_place_s >= copy_s - float(self._regret_s[missing].sum()):
             self._regret_s[missing] = 0.0

@@ -358,7 +358,7 @@ def copy(source: int, target: int, byte_count: int) -> None:
     the cache help, the C library uses them.
 
     Args:
-        source, target: addresses of readable and writable memory of this process, not overlapping.
+        source, target: addresses of readable and writable memory of this process.
     """
     syscalls.copy_memory(target, source, byte_count)
 

@@ -40,8 +40,8 @@ class _Range(ctypes.Structure):
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
-#: memcpy(target, source, byte_count); ctypes lets go of the Global Interpreter Lock while it runs.
-copy_memory = _libc.memcpy
+#: memmove(target, source, byte_count); ctypes lets go of the Global Interpreter Lock while it runs.
+copy_memory = _libc.memmove
 copy_memory.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 copy_memory.restype = None
 _libc.syscall.restype = ctypes.c_long

@@ -185,7 +185,8 @@ class Dispatch:
         values[self._counters.lookup[Lookup.MISS]] += missing.size - pending_count
         position = self._order.arrive(self.layer_id)
         is_narrow = distinct.size <= self.slots.cells.cell_count
-        if self._costs.runs_in_place(hit_count, missing, is_narrow=is_narrow):
+        is_joined = self.slots.cells.behind_row is not None
+        if self._costs.runs_in_place(hit_count, missing, is_narrow=is_narrow, is_joined=is_joined):
             assert self.home.tensors is not None
             values[self._counters.passes[PassKind.IN_PLACE]] += 1
             return self._run_rows(self.home.tensors, x, topk_weights, host_ids)
