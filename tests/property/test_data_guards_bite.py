@@ -18,6 +18,7 @@ from vllm_moecxl.data.banks import memory as memory_banks
 from vllm_moecxl.data.banks.emulated import EmulatedBank
 from vllm_moecxl.data.banks.file import FileBank
 from vllm_moecxl.data.banks.memory import MemoryBank
+from vllm_moecxl.data.carrier import Carrier
 from vllm_moecxl.data.mover import Mover
 from vllm_moecxl.data.slabfile import SlabFile
 from vllm_moecxl.data.slabs import Home, HomeBuilder, Shard
@@ -237,15 +238,15 @@ CASES = [
         test_mover.check_device,
     ),
     _row(
-        *(Mover, "_copy_staged", "ring.release_after(cell, event)", "ring.release_after(cell, None)"),
+        *(Carrier, "_copy_staged", "ring.release_after(cell, event)", "ring.release_after(cell, None)"),
         test_mover.check_device,
     ),
     _row(
-        *(Mover, "_copy_staged", "ring.release_after(cell, event)", "event and ring.release_after(cell, event)"),
+        *(Carrier, "_copy_staged", "ring.release_after(cell, event)", "event and ring.release_after(cell, event)"),
         test_mover.check_failing_reads,
     ),
     _row(
-        *(Mover, "_copy", "if fetch.after is not None:", "if False:"),
+        *(Carrier, "copy", "if fetch.after is not None:", "if False:"),
         test_mover.check_after,
     ),
     _row(
@@ -270,7 +271,7 @@ CASES = [
         test_layer_buffer.test_rows_that_are_taken_from_slots_are_written_by_nothing_else,
     ),
     _row(
-        *(Mover, "_copy_checked", "if fetch.after is not None:", "if False:"),
+        *(Carrier, "copy_whole", "if fetch.after is not None:", "if False:"),
         *(test_mover.check_after,),
         verify="fetch",
     ),

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from tests.property.test_dispatch import FetchFailure, break_fetches
 from tests.property.toy_moe import HIDDEN_SIZE, KernelFailure, Served, ToyMoe
 from tests.support.homes import end_hands
-from vllm_moecxl.data.mover import Fetch
+from vllm_moecxl.data.fetch import Fetch
 from vllm_moecxl.data.slabs import Home, Piece
 from vllm_moecxl.runtime.counters import PrefetchOutcome
 from vllm_moecxl.types import Cause, Lookup, PassKind, SlotState

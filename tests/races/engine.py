@@ -27,7 +27,7 @@ from vllm_moecxl.control.eviction import LeastRecentlyUsed
 from vllm_moecxl.control.layer_order import LayerOrder
 from vllm_moecxl.control.placement import Part
 from vllm_moecxl.control.residency import Residency
-from vllm_moecxl.data import mover, slabs, staging
+from vllm_moecxl.data import carrier, mover, slabs, staging
 from vllm_moecxl.data.banks.base import RowCopy
 from vllm_moecxl.data.banks.memory import DramBank, MemoryRows
 from vllm_moecxl.data.devices.base import Event, Stream
@@ -373,10 +373,10 @@ class Engine:
 def run(spec: Spec, world: World) -> None:
     """Forwards through all layers, whatever happens meanwhile."""
     crew = Crew(world.chooser, world.rng, spec.pause_rate, world.trace)
-    mover._STAGING_CELL_COUNT = _RING_CELL_COUNT
+    carrier._STAGING_CELL_COUNT = _RING_CELL_COUNT
     logging.disable(logging.CRITICAL)  # threads that end say so
     try:
-        with crew.replacing(mover, slots, staging):
+        with crew.replacing(mover, carrier, slots, staging):
             engine = Engine(world, spec, crew)
             if engine.rng.random() < _PRELOAD_RATE:
                 for layer in engine.layers:

@@ -12,6 +12,7 @@ from tests.property.test_guards_bite import Owner, take_out
 from tests.races.cases import CASES_BY_NAME
 from tests.races.search import Strategy, Tally, run_seeds
 from vllm_moecxl.control.residency import Residency
+from vllm_moecxl.data.carrier import Carrier
 from vllm_moecxl.data.mover import Mover
 from vllm_moecxl.data.staging import StagingRing
 from vllm_moecxl.runtime.layer_buffer import LayerBuffer
@@ -52,8 +53,8 @@ PLANTS = [
     Plant(
         "event on the wrong stream",
         "token-passes",
-        Mover,
-        "_copy",
+        Carrier,
+        "copy",
         "return self._backend.record(stream)",
         "return self._backend.record(self._backend.compute_stream())",
     ),
@@ -78,8 +79,8 @@ PLANTS = [
     Plant(
         "buffer filled under the kernel",
         "ids-at-once-buffers",
-        Mover,
-        "_copy",
+        Carrier,
+        "copy",
         "if fetch.after is not None:",
         "if False:",
     ),

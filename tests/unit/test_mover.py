@@ -30,6 +30,7 @@ from tests.support.slabfiles import Contents, pack
 from tests.unit.test_slabs import EXPERT_COUNT, FILE_ROUTES, ROUTES, banks_of_three, ragged_layer
 from vllm_moecxl.config import Verify
 from vllm_moecxl.control.placement import Part, Route
+from vllm_moecxl.data import carrier
 from vllm_moecxl.data import mover as movers
 from vllm_moecxl.data.banks import base
 from vllm_moecxl.data.banks.base import Bank, BankProfile, RowCopy
@@ -37,7 +38,8 @@ from vllm_moecxl.data.banks.file import FileBank
 from vllm_moecxl.data.banks.memory import DramBank
 from vllm_moecxl.data.devices.base import Event, Stream
 from vllm_moecxl.data.devices.cpu import CpuBackend
-from vllm_moecxl.data.mover import Fetch, Mover
+from vllm_moecxl.data.fetch import Fetch
+from vllm_moecxl.data.mover import Mover
 from vllm_moecxl.data.slabs import Cells, Home, HomeBuilder, Piece, SlabTarget
 from vllm_moecxl.errors import IntegrityError, TransferError
 from vllm_moecxl.types import Cause
@@ -53,7 +55,7 @@ def make_chunks_small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "CHUNK_BYTES_MIN", CHUNK_BYTES)
     monkeypatch.setattr(base, "CHUNK_BYTES_MAX", CHUNK_BYTES)
     monkeypatch.setattr(FileBank, "chunk_bytes", CHUNK_BYTES)
-    monkeypatch.setattr(movers, "_STAGING_CELL_COUNT", 2)
+    monkeypatch.setattr(carrier, "_STAGING_CELL_COUNT", 2)
 
 
 @pytest.fixture(autouse=True)
@@ -1056,7 +1058,7 @@ def check_failing_reads(setup: MakeSetup) -> None:
     ended = threading.Event()
 
     def wait() -> None:
-        for _ in range(2 * movers._STAGING_CELL_COUNT):
+        for _ in range(2 * carrier._STAGING_CELL_COUNT):
             fetch = one.start(0)
             with pytest.raises(TransferError):
                 one.mover.wait([fetch])

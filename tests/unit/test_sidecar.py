@@ -15,7 +15,8 @@ from tests.unit.test_runtime import EXPERT_COUNT, loaded, start, wide_batch
 from vllm_moecxl.data.banks.base import Bank, RowCopy
 from vllm_moecxl.data.banks.memory import DramBank, NumaBank
 from vllm_moecxl.data.devices.cpu import CpuBackend
-from vllm_moecxl.data.mover import Fetch, Mover
+from vllm_moecxl.data.fetch import Fetch
+from vllm_moecxl.data.mover import Mover
 from vllm_moecxl.data.slabs import Cells, Home
 from vllm_moecxl.runtime.counters import Counters, Metric
 from vllm_moecxl.runtime.runtime import OffloadRuntime

@@ -13,19 +13,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate, pairwise
 from typing import Protocol
 
-import torch
-
 from vllm_moecxl.control.links import LinkLimits
-from vllm_moecxl.control.scheduler import Chunk, Scheduler, Transfer
+from vllm_moecxl.control.scheduler import Chunk, Scheduler
 from vllm_moecxl.data.banks.base import Bank
-from vllm_moecxl.data.banks.memory import MemoryRows
+from vllm_moecxl.data.carrier import Carrier
 from vllm_moecxl.data.devices.base import DeviceBackend, Event
+from vllm_moecxl.data.fetch import Fetch
 from vllm_moecxl.data.slabs import Home, Piece, SlabTarget
-from vllm_moecxl.data.staging import StagingRing
-from vllm_moecxl.linux import affinity, memory
+from vllm_moecxl.linux import affinity
 from vllm_moecxl.types import Cause
 
 logger = logging.getLogger("vllm.moecxl")
@@ -36,8 +33,6 @@ _SLOW_S = 10.0
 _CLOSE_S = 1.0
 #: Chunks that one `feed` issues at most, so that it is short: each costs 20 to 40 us.
 _FEED_COUNT = 4
-#: Cells of the staging ring: one is read into while others are on their way, for each of a file's readers.
-_STAGING_CELL_COUNT = 8
 
 
 class Observer(Protocol):
@@ -54,49 +49,6 @@ class Observer(Protocol):
 
     def failed(self, bank_name: str) -> None:
         """A bank could not be read, or does not answer."""
-
-
-class Fetch:
-    """One slab on its way into a cell. Written under the mover's lock.
-
-    Attributes:
-        home, expert_id: the slab.
-        target: the cell, per extent a [row bytes] uint8 tensor on the device.
-        transfer: what the scheduler knows of it.
-        error: why it will not arrive.
-        has_landed: whether every byte is there, and was held against its digest where that is due.
-        is_checking: whether somebody reads the cell to hold it against its digest.
-        is_whole: whether the slab goes in one chunk, because its digest is due before the device gets it.
-    """
-
-    __slots__ = (
-        *("after", "error", "events", "expert_id", "has_landed", "home", "is_checking", "is_whole", "pieces"),
-        *("started_s", "target", "transfer", "unissued_count"),
-    )
-
-    def __init__(self, home: Home, expert_id: int, target: SlabTarget, after: Event | None, started_s: float) -> None:
-        self.home = home
-        self.expert_id = expert_id
-        self.target = target
-        self.started_s = started_s
-        self.error: BaseException | None = None
-        self.has_landed = False
-        self.is_checking = False
-        self.is_whole = False
-        self.transfer: Transfer
-        #: Copies into the cell wait for this on the device.
-        self.after = after
-        #: Behind the copies that were issued. All of them: two threads that copy on one stream may note their events
-        #: in another order than they are on it.
-        self.events: list[Event] = []
-        self.pieces = home.pieces(expert_id)
-        self.unissued_count = len(self.pieces)
-
-    @property
-    def is_over(self) -> bool:
-        """Whether it was given up or has failed, and nothing writes to the cell any more."""
-        transfer = self.transfer
-        return (self.error is not None or transfer.is_cancelled) and not transfer.in_flight_count
 
 
 class _Link:
@@ -146,8 +98,7 @@ class Mover:
         self._has_hands = has_hands
         self._clock = clock
         self._scheduler = Scheduler([_limits(bank, backend.in_flight_bytes_max) for bank in banks])
-        self._ring: StagingRing | None = None
-        self._cell_bytes = max(bank.chunk_bytes for bank in banks)
+        self._carrier = Carrier(backend, max(bank.chunk_bytes for bank in banks))
         #: Copies that the device has not finished, as far as anybody has looked.
         self._flying: deque[tuple[Event, Chunk]] = deque()
         self._is_closed = False
@@ -391,73 +342,10 @@ class Mover:
     def _copy(self, fetch: Fetch, chunk: Chunk, link_id: int) -> Event | None:
         """Copy one chunk; on a device, the event behind it."""
         if fetch.is_whole:
-            return self._copy_checked(fetch, link_id)
-        home, piece = fetch.home, fetch.pieces[chunk.index]
-        source = self._sources(home, piece).index(link_id)
-        targets = [fetch.target[extent_id][start:stop] for extent_id, start, stop in piece.spans]
-        if self._backend.is_host:
-            home.read_piece(piece, source, targets)
-            return None
-        stream = self._backend.copy_stream(link_id)
-        if fetch.after is not None:
-            self._backend.wait(stream, fetch.after)
-        if not self._links[link_id].is_registered:
-            return self._copy_staged(fetch, link_id, targets, lambda cells: home.read_piece(piece, source, cells))
-        shard_id, row_id = piece.places[source]
-        for span, target in zip(piece.spans, targets, strict=True):
-            rows, row_id, _, offset = home.shards[shard_id].copy_of(row_id, span, target)
-            assert isinstance(rows, MemoryRows)
-            self._backend.copy(rows.as_bytes[row_id, offset : offset + target.nbytes], target, stream)
-        return self._backend.record(stream)
-
-    def _copy_staged(
-        self,
-        fetch: Fetch,
-        link_id: int,
-        targets: Sequence[torch.Tensor],
-        fill: Callable[[Sequence[torch.Tensor]], None],
-    ) -> Event:
-        """Through a cell of the staging ring, which `fill` fills."""
-        stream = self._backend.copy_stream(link_id)
-        ring = self._staging()
-        cell = ring.acquire()
-        event: Event | None = None
-        try:
-            starts = list(accumulate((target.nbytes for target in targets), initial=0))
-            parts = [cell[start:stop] for start, stop in pairwise(starts)]
-            fill(parts)
-            for part, target in zip(parts, targets, strict=True):
-                self._backend.copy(part, target, stream)
-            event = self._backend.record(stream)
-        finally:
-            # Where filling failed nothing reads the cell.
-            ring.release_after(cell, event)
-        assert event is not None
-        return event
-
-    def _copy_checked(self, fetch: Fetch, link_id: int) -> Event:
-        """The whole slab: read and held against its digest on the host, then staged to the device."""
-        slab = [torch.empty(extent.row_bytes, dtype=torch.uint8) for extent in fetch.home.layout.extents]
-        fetch.home.read(fetch.expert_id, slab)
-        event: Event | None = None
-        if fetch.after is not None:
-            self._backend.wait(self._backend.copy_stream(link_id), fetch.after)
-        for row, target in zip(slab, fetch.target, strict=True):
-            for start in range(0, row.nbytes, self._cell_bytes):
-                part, to = row[start : start + self._cell_bytes], target[start : start + self._cell_bytes]
-
-                def fill(cells: Sequence[torch.Tensor], part: torch.Tensor = part) -> None:
-                    memory.copy(part.data_ptr(), cells[0].data_ptr(), part.nbytes)
-
-                event = self._copy_staged(fetch, link_id, [to], fill)
-        assert event is not None
-        return event
-
-    def _staging(self) -> StagingRing:
-        with self._lock:
-            if self._ring is None:
-                self._ring = StagingRing(self._backend, self._cell_bytes, _STAGING_CELL_COUNT)
-            return self._ring
+            return self._carrier.copy_whole(fetch, link_id)
+        piece = fetch.pieces[chunk.index]
+        source = self._sources(fetch.home, piece).index(link_id)
+        return self._carrier.copy(fetch, piece, source, link_id, is_registered=self._links[link_id].is_registered)
 
     def _poll(self) -> bool:
         """Note which copies the device has finished; whether there was one."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from vllm_moecxl.data.devices.base import DeviceBackend, Event
-from vllm_moecxl.data.mover import Fetch, Mover
+from vllm_moecxl.data.fetch import Fetch
+from vllm_moecxl.data.mover import Mover
 from vllm_moecxl.data.slabs import Cells, Home, LayerCells
 from vllm_moecxl.runtime.counters import Counters, PrefetchOutcome
 from vllm_moecxl.types import Cause

@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from vllm_moecxl.control.residency import Lease, Residency
 from vllm_moecxl.data.devices.base import DeviceBackend, Event
-from vllm_moecxl.data.mover import Fetch, Mover
+from vllm_moecxl.data.fetch import Fetch
+from vllm_moecxl.data.mover import Mover
 from vllm_moecxl.data.slabs import Cells, Home
 from vllm_moecxl.runtime.counters import Counters
 from vllm_moecxl.types import Cause, SlotState
