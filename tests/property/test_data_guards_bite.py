@@ -221,10 +221,6 @@ CASES = [
         test_mover.check_replica,
     ),
     _row(
-        *(Mover, "feed", "link.work.notify()", "pass"),
-        test_mover.check_taking_over_at_a_tick,
-    ),
-    _row(
         *(Mover, "_report_slow_links", "link.is_reported_slow = True", "pass"),
         test_mover.check_slow_bank,
     ),
