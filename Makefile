@@ -3,7 +3,7 @@ VENV ?= .venv
 export VENV
 BIN = $(VENV)/bin
 
-.PHONY: env demo test lint unit races cxl-vm engine server beside-engines clean
+.PHONY: env demo test first-half second-half lint unit races cxl-vm engine equality other-engine server clean
 
 env:
 	@deploy/make_env.sh
@@ -11,12 +11,15 @@ env:
 demo: env
 	@$(BIN)/python deploy/demo.py
 
-# Engines compute on one core: what needs no engine of this process runs on the other one meanwhile.
+# Engines compute on one core: two halves of about the same length run side by side, each sequentially.
 test: lint unit
-	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target engine beside-engines
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target first-half second-half
 
-beside-engines: env
-	@$(MAKE) --no-print-directory --jobs 1 races cxl-vm server
+first-half: env
+	@$(MAKE) --no-print-directory --jobs 1 equality races
+
+second-half: env
+	@$(MAKE) --no-print-directory --jobs 1 other-engine cxl-vm server
 
 lint: env
 	@$(BIN)/ruff check .
@@ -38,9 +41,14 @@ races: env
 cxl-vm: env
 	@$(BIN)/python -m pytest tests/cxl_vm -rs
 
-# Real engines in one process.
-engine: env
-	@$(BIN)/python -m pytest tests/engine
+# Real engines in one process: every model and format against unmodified vLLM, and all else.
+engine: equality other-engine
+
+equality: env
+	@$(BIN)/python -m pytest tests/engine/test_equality.py
+
+other-engine: env
+	@$(BIN)/python -m pytest tests/engine --ignore tests/engine/test_equality.py
 
 # Real servers.
 server: env

@@ -63,9 +63,17 @@ def _check_ways(in_place: str, bank: str, counted: dict[str, float]) -> None:
         assert direct_count > 0 and fetched_bytes > 0 and slot_passes > 0
 
 
-@pytest.mark.parametrize("bank", ["dram", _NODE])
-@pytest.mark.parametrize("slots", ["50%", 2])
-@pytest.mark.parametrize("in_place", ["auto", "always", "never"])
+@pytest.mark.parametrize(
+    ("in_place", "slots", "bank"),
+    [
+        ("auto", "50%", "dram"),
+        ("auto", "50%", _NODE),
+        ("auto", 2, _NODE),
+        ("always", 2, "dram"),
+        ("always", "50%", _NODE),
+        ("never", 2, _NODE),
+    ],
+)
 @pytest.mark.usefixtures("_slow_node")
 def test_trained_model(fixture_model: str, equality: Equality, in_place: str, slots: str | int, bank: str) -> None:
     options = {"in_place": in_place, "slots": slots, "banks": [bank]}
