@@ -72,14 +72,7 @@ class CpuBackend:
         check_copy(source, target)
         memory.copy(source.data_ptr(), target.data_ptr(), source.nbytes)
 
-    def copy_rows(
-        self,
-        sources: Sequence[torch.Tensor],
-        source_ids: Sequence[int],
-        targets: Sequence[torch.Tensor],
-        target_ids: Sequence[int],
-    ) -> None:
-        copy_rows(sources, source_ids, targets, target_ids)
+    copy_rows = staticmethod(copy_rows)
 
     def record(self, stream: Stream) -> Event:
         return _DONE

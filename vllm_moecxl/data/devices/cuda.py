@@ -142,14 +142,7 @@ class CudaBackend:
                 target[start:stop].copy_(source[start:stop], non_blocking=True)
         stream.keep(source, target)
 
-    def copy_rows(
-        self,
-        sources: Sequence[torch.Tensor],
-        source_ids: Sequence[int],
-        targets: Sequence[torch.Tensor],
-        target_ids: Sequence[int],
-    ) -> None:
-        copy_rows(sources, source_ids, targets, target_ids)
+    copy_rows = staticmethod(copy_rows)
 
     def record(self, stream: Stream) -> Event:
         assert isinstance(stream, CudaStream)
