@@ -322,11 +322,13 @@ def fast_bank() -> DramBank:
 
 @pytest.mark.parametrize(("bank", "in_place"), [(fast_bank, "auto"), (fast_bank, "always"), (slow_bank, "always")])
 def test_a_layer_whose_homes_are_as_good_as_slots_runs_from_them_and_from_nothing_else(
-    bank: Callable[[], DramBank], in_place: str
+    caplog: pytest.LogCaptureFixture, bank: Callable[[], DramBank], in_place: str
 ) -> None:
+    caplog.set_level(logging.INFO)
     runtime = start(EXPERT_COUNT, banks=[bank()], in_place=in_place)
     toy = ToyMoe(EXPERT_COUNT, 1)
     dispatch = runtime.install(loaded(toy))
+    assert "1 of 1 layers run in place" in caplog.text, "slots that are not used are told of"
     assert dispatch.buffer is None and all(map(operator.is_, toy.bound, dispatch.home.tensors or ()))
     for _ in range(2):
         assert torch.equal(dispatch(*wide_batch()), toy.direct(*wide_batch()))

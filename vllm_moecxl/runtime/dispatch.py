@@ -106,6 +106,11 @@ class Dispatch:
         bind(slots.cells.tensors if self._in_place_rows is None else self._in_place_rows)
 
     @property
+    def is_always_in_place(self) -> bool:
+        """Whether every forward runs straight from the homes: the slots stay empty then."""
+        return self._in_place_rows is not None
+
+    @property
     def home(self) -> Home:
         """Its slabs."""
         return self.slots.home

@@ -419,6 +419,12 @@ class OffloadRuntime:
     def _report_banks(self) -> None:
         """Say what was achieved, in the log and in metrics."""
         values = self.counters.values
+        if in_place_count := sum(dispatch.is_always_in_place for dispatch in self.dispatches.values()):
+            self._log.info(
+                "MoE offload: %d of %d layers run in place, straight from their homes: their slots and layer buffers "
+                'stay empty (in_place "never" would use them)',
+                *(in_place_count, self.layer_count),
+            )
         for bank in self.banks:
             self._log.info("MoE offload: %s", bank.describe())
             values[self.counters.bank_up[bank.name]] = int(not bank.astray_bytes)
