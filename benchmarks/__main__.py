@@ -15,6 +15,7 @@ BENCHMARKS = {
     "striping": "benchmarks.striping",
     "overlap": "benchmarks.overlap",
     "interference": "benchmarks.interference",
+    "slots": "benchmarks.slots",
 }
 
 

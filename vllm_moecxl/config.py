@@ -19,7 +19,20 @@ MODES: tuple[Mode, ...] = ("off", "cxl")
 SUPPORTED_VLLM = ("0.32", "0.33")
 
 #: Names of the eviction policies; `control.eviction.POLICIES` has a factory for each.
-EVICTIONS = ("lru",)
+EVICTIONS = (
+    "learned",
+    "lru",
+    "lfu",
+    "lfru",
+    "class-lru",
+    "arc",
+    "next-use",
+    "second-touch",
+    "prefill-protecting",
+)
+
+#: Names of the predictors; `control.prediction.PREDICTORS` has a factory for each.
+PREDICTORS = ("gate", "transitions", "temporal", "tokens", "learned", "history", "semantic", "attention")
 
 #: Kinds of banks.
 BANK_KINDS = ("numa", "dax", "dram", "file", "emulated")
@@ -186,6 +199,9 @@ class OffloadConfig:
         in_place: whether a layer may run straight from its homes where the device can address them: "auto" decides
             forward by forward what is cheaper.
         sidecar: whether fetches run beside the forward; False leaves demand fetches alone.
+        prefetch: what is fetched before it is asked for: "auto" by the predictors that have proved worth it, "off", or
+            the predictors to ask, by name.
+        trace: a file to record the routing of all requests to.
         layer_buffer: whether wide forwards stream through one layer's worth of shared slots; "auto" where it fits.
     """
 
@@ -198,11 +214,13 @@ class OffloadConfig:
     strict_placement: bool = False
     verify: Verify = "load"
     pack_to: str | None = None
-    eviction: str = "lru"
+    eviction: str = "learned"
     passes: Literal["exact", "fast"] = "exact"
     layer_buffer: bool | Literal["auto"] = "auto"
     in_place: InPlaceMode = "auto"
     sidecar: bool = True
+    prefetch: Literal["auto", "off"] | tuple[str, ...] = "auto"
+    trace: str | None = None
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> OffloadConfig:
@@ -226,12 +244,18 @@ class OffloadConfig:
             strict_placement=_one_of("strict_placement", raw.get("strict_placement", False), (True, False)),
             verify=_one_of("verify", raw.get("verify", "load"), get_args(Verify)),
             pack_to=_path("pack_to", raw.get("pack_to")),
-            eviction=_one_of("eviction", raw.get("eviction", "lru"), EVICTIONS),
+            eviction=_one_of("eviction", raw.get("eviction", "learned"), EVICTIONS),
             passes=_one_of("passes", raw.get("passes", "exact"), ("exact", "fast")),
             layer_buffer=_one_of("layer_buffer", raw.get("layer_buffer", "auto"), ("auto", True, False)),
             in_place=_one_of("in_place", raw.get("in_place", "auto"), get_args(InPlaceMode)),
             sidecar=_one_of("sidecar", raw.get("sidecar", True), (True, False)),
+            prefetch=_parse_prefetch(raw.get("prefetch", "auto")),
+            trace=_path("trace", raw.get("trace")),
         )
+        if isinstance(config.prefetch, tuple) and not config.sidecar:
+            raise _fail(
+                "prefetch", raw["prefetch"], "the sidecar prefetches, and it is switched off: drop one of the two"
+            )
         if config.mode == "off" and (options := sorted(set(raw) - {"mode"})):
             raise ConfigError(
                 f"--moe-offload-config sets {', '.join(options)} but --moe-offload is off: "
@@ -252,6 +276,15 @@ def _path(option: str, value: Any) -> str | None:
     if value is None or (isinstance(value, str) and value and "\0" not in value):
         return value
     raise _fail(option, value, "give the path of a file")
+
+
+def _parse_prefetch(raw: object) -> Literal["auto", "off"] | tuple[str, ...]:
+    if raw in ("auto", "off"):
+        return raw
+    names = [raw] if isinstance(raw, str) else raw
+    if isinstance(names, list | tuple) and names and all(name in PREDICTORS for name in names):
+        return tuple(dict.fromkeys(names))
+    raise _fail("prefetch", raw, f'use "auto", "off", or a list of predictors among {", ".join(PREDICTORS)}')
 
 
 def _parse_banks(raw: object) -> tuple[BankSpec, ...] | None:

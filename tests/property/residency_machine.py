@@ -9,7 +9,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from vllm_moecxl.control.eviction import LeastRecentlyUsed, SlotIds
+from vllm_moecxl.control.eviction import ExpertIds, LeastRecentlyUsed
 from vllm_moecxl.control.residency import Lease, Residency
 from vllm_moecxl.errors import IntegrityError
 from vllm_moecxl.types import Lookup, SlotState
@@ -22,10 +22,10 @@ class WatchedPolicy(LeastRecentlyUsed):
 
     def __init__(self, slot_count: int) -> None:
         super().__init__(slot_count)
-        self.told: list[tuple[int, ...]] = []
+        self.told: list[tuple[int | str, ...]] = []
 
-    def record(self, slot_ids: SlotIds) -> None:
-        self.told.append(tuple(sorted(set(slot_ids.flatten().tolist()))))
+    def record(self, expert_ids: ExpertIds) -> None:
+        self.told.append(("visit", *sorted(set(expert_ids.flatten().tolist()))))
 
     def admit(self, slot_id: int, expert_id: int) -> None:
         self.told.append((slot_id, expert_id))
@@ -54,7 +54,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.filling: dict[int, int] = {}
         self.free = set(self.slot_ids)
         self.open: list[OpenLease] = []
-        self.told: list[tuple[int, ...]] = []  # what the policy has to have been told
+        self.told: list[tuple[int | str, ...]] = []  # what the policy has to have been told
         self.time = 0  # leases so far
         self.read_at = dict.fromkeys(self.slot_ids, 0)  # slot -> last read or fetch
         self.leased_at = dict.fromkeys(self.slot_ids, 0)  # slot -> last lease of it
@@ -72,9 +72,12 @@ class ResidencyMachine(RuleBasedStateMachine):
 
     # -- leases
 
-    def take(self, ids: list[int], *, column: bool = False) -> None:
+    def take(self, ids: list[int], *, column: bool = False, is_visit: bool = False) -> None:
         request = np.array(ids, dtype=np.uint32)
-        lease = self.residency.lease(request[:, None] if column else request)
+        ask = self.residency.visit if is_visit else self.residency.lease
+        lease = ask(request[:, None] if column else request)
+        if is_visit:
+            self.told.append(("visit", *sorted(set(ids))))
         if not set(ids) <= self.resident.keys():
             assert lease is None
             return
@@ -86,18 +89,18 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.time += 1
         for slot_id in slots:
             self.read_at[slot_id] = self.leased_at[slot_id] = self.time
-        self.told.append(tuple(sorted(slots)))
         self.open.append(OpenLease(lease, self.time, {expert_id: self.resident[expert_id] for expert_id in ids}))
 
-    @rule(data=st.data())
-    def lease_any(self, data: Draw) -> None:
-        self.take(data.draw(st.lists(st.sampled_from(self.expert_ids), min_size=1, max_size=6), "ids"))
+    @rule(data=st.data(), is_visit=st.booleans())
+    def lease_any(self, data: Draw, *, is_visit: bool) -> None:
+        ids = data.draw(st.lists(st.sampled_from(self.expert_ids), min_size=1, max_size=6), "ids")
+        self.take(ids, is_visit=is_visit)
 
     @precondition(lambda self: self.resident)
-    @rule(data=st.data(), column=st.booleans())
-    def lease_resident(self, data: Draw, *, column: bool) -> None:
+    @rule(data=st.data(), column=st.booleans(), is_visit=st.booleans())
+    def lease_resident(self, data: Draw, *, column: bool, is_visit: bool) -> None:
         ids = data.draw(st.lists(st.sampled_from(sorted(self.resident)), min_size=1, max_size=6), "ids")
-        self.take(ids, column=column)
+        self.take(ids, column=column, is_visit=is_visit)
 
     @rule(data=st.data(), wrong=st.integers(0, 40) | st.integers(-3, -1))
     def lease_an_expert_that_does_not_exist(self, data: Draw, wrong: int) -> None:
@@ -106,6 +109,8 @@ class ResidencyMachine(RuleBasedStateMachine):
         ids.insert(data.draw(st.integers(0, len(ids)), "place"), wrong)
         with pytest.raises(IntegrityError, match=f"chose expert {wrong} of a layer with {len(self.expert_ids)} "):
             self.residency.lease(np.array(ids, dtype=np.int32).view(np.uint32))
+        with pytest.raises(IntegrityError):
+            self.residency.visit(np.array(ids, dtype=np.int32).view(np.uint32))
         with pytest.raises(IntegrityError):
             self.residency.require_known(np.array(ids, dtype=np.int32).view(np.uint32))
 
@@ -199,7 +204,7 @@ class ResidencyMachine(RuleBasedStateMachine):
             assert residency.begin_fill(expert_id, keep) == slot_id
 
     @invariant()
-    def the_policy_is_told_of_every_read_and_fetch(self) -> None:
+    def the_policy_is_told_of_every_visit_and_fetch(self) -> None:
         assert self.policy.told == self.told
 
     @invariant()

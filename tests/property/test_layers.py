@@ -146,7 +146,7 @@ class Others:
         mover = layers[0].mover
         wait, start = mover.wait, mover.start
         #: Slabs that were asked for ahead, for layer buffers: for no request in particular.
-        self.brought_count = 0
+        self.brought_count = self.prefetched_count = 0
 
         def interrupted(fetches: Sequence[Fetch]) -> None:
             self.act()
@@ -173,7 +173,8 @@ class Others:
             case "feed":
                 layer.mover.feed()
             case "prefetch":
-                layer.slots.prefetch(deed.expert_ids, layer.order.next_position(deed.layer_id), [deed.wanter])
+                deadline = layer.order.next_position(deed.layer_id)
+                self.prefetched_count += layer.slots.prefetch(deed.expert_ids, deadline, [deed.wanter])
             case "settle":
                 layer.slots.settle()
             case "forget":
@@ -231,7 +232,9 @@ def check_story(story: Story) -> None:
         if layer.buffer is not None:
             layer.buffer.abandon()
     outcomes = {one: int(layers[0].counters.values[row]) for one, row in layers[0].counters.prefetch.items()}
-    assert sum(outcomes.values()) <= others.brought_count
+    unused_count = sum(len(layer.slots.unused) for layer in layers)
+    assert sum(outcomes.values()) + unused_count <= others.brought_count + others.prefetched_count
+    assert sum(outcomes.values()) + unused_count >= others.prefetched_count, "each is judged, or still waits for it"
     if not (story.has_helper and story.buffer_count == 2 and len(layers) > 1):
         assert not others.brought_count, "brought ahead by nobody, or into the buffer that is in use"
 

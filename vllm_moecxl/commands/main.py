@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from vllm_moecxl import __version__
-from vllm_moecxl.commands import doctor, pack, profile, topology
+from vllm_moecxl.commands import doctor, pack, profile, simulate, topology, trace
 from vllm_moecxl.errors import MoeOffloadError
 
 #: Each subcommand is a module whose docstring's first line is its help, with `add_arguments(parser)` and `run(args)`.
@@ -19,6 +19,8 @@ SUBCOMMANDS: dict[str, ModuleType] = {
     "topology": topology,
     "profile": profile,
     "pack": pack,
+    "simulate": simulate,
+    "trace": trace,
 }
 
 #: Exit codes: 1 is for what a subcommand looked for and found, 2 for a command that could not be carried out.

@@ -35,6 +35,9 @@ class Step(NamedTuple):
 class LayerCosts:
     """Costs of one layer, and what it has learned of the experts that it ran in place.
 
+    Attributes:
+        fetch_s: seconds that a slab takes from its home, by the profile.
+
     Args:
         slab_bytes: of one expert.
         home_bytes_per_s: at which the kernel, or a copy, reads a home.
@@ -54,12 +57,12 @@ class LayerCosts:
         is_addressable: bool = False,
     ) -> None:
         assert is_addressable or in_place != "always"
-        self._home_s = slab_bytes / home_bytes_per_s
+        self.fetch_s = slab_bytes / home_bytes_per_s
         self._slot_s = slab_bytes / slot_bytes_per_s
         #: By the width of a forward (see `_width`), seconds that the kernel takes for an expert, as observed.
         self._kernel_s: dict[int, float] = {}
         self._may_run_in_place = is_addressable and in_place != "never"
-        self.is_always_in_place = self._may_run_in_place and (in_place == "always" or self._home_s <= self._slot_s)
+        self.is_always_in_place = self._may_run_in_place and (in_place == "always" or self.fetch_s <= self._slot_s)
         #: [experts] seconds that forwards in place have lost for want of a slot.
         self._regret_s = np.zeros(expert_count)
 
@@ -81,8 +84,8 @@ class LayerCosts:
         if not self._may_run_in_place:
             return False
         distinct_count = hit_count + missing.size
-        in_place_s = distinct_count * self._home_s
-        copy_s = missing.size * (self._home_s + self._slot_s) + distinct_count * self._slot_s
+        in_place_s = distinct_count * self.fetch_s
+        copy_s = missing.size * (self.fetch_s + self._slot_s) + distinct_count * self._slot_s
         if not is_narrow:
             if not is_joined:
                 copy_s += 2 * hit_count * self._slot_s  # from the slots into the layer buffer
@@ -90,8 +93,8 @@ class LayerCosts:
         if in_place_s >= copy_s - float(self._regret_s[missing].sum()):
             self._regret_s[missing] = 0.0
             return False
-        enough_s = self._home_s + self._slot_s
-        self._regret_s[missing] = np.minimum(self._regret_s[missing] + self._home_s - self._slot_s, enough_s)
+        enough_s = self.fetch_s + self._slot_s
+        self._regret_s[missing] = np.minimum(self._regret_s[missing] + self.fetch_s - self._slot_s, enough_s)
         return True
 
     def observe_kernel(self, token_count: int, expert_count: int, duration_s: float) -> None:
@@ -113,11 +116,11 @@ class LayerCosts:
         """
         total_s, ahead_s = 0.0, 0.0
         for index, step in enumerate(steps):
-            total_s += max(step.fetch_count * self._home_s - ahead_s, 0.0) + PASS_OVERHEAD_S
+            total_s += max(step.fetch_count * self.fetch_s - ahead_s, 0.0) + PASS_OVERHEAD_S
             kernel_s = self.kernel_s(step.token_count, step.expert_count)
             total_s += kernel_s
             following = steps[index + 1].fetch_count if overlaps and index + 1 < len(steps) else 0
-            ahead_s = min(kernel_s, min(following, slot_count - step.expert_count) * self._home_s)
+            ahead_s = min(kernel_s, min(following, slot_count - step.expert_count) * self.fetch_s)
         return total_s
 
 

@@ -17,6 +17,10 @@ from vllm_moecxl.types import Lookup, SlotState
 
 ABSENT = -1
 
+#: An attribute of an enum costs more than a micro-second to look up, and a miss looks up several.
+_FREE, _FILLING, _RESIDENT = (int(state) for state in (SlotState.FREE, SlotState.FILLING, SlotState.RESIDENT))
+_HIT, _PENDING, _MISS = Lookup.HIT, Lookup.PENDING, Lookup.MISS
+
 ExpertIds = npt.NDArray[np.integer]
 SlotIds = npt.NDArray[np.int32]
 
@@ -61,12 +65,13 @@ class Residency:
         self._epoch = 0
         self._ended_epoch = 0
         self._open_epochs: dict[int, None] = {}
+        self._free_count = slot_count
 
     def lookup(self, expert_id: int) -> Lookup:
         """HIT, PENDING or MISS for one expert."""
         if self._resident_slot_of[expert_id] != ABSENT:
-            return Lookup.HIT
-        return Lookup.PENDING if self._filling_slot_of[expert_id] != ABSENT else Lookup.MISS
+            return _HIT
+        return _PENDING if self._filling_slot_of[expert_id] != ABSENT else _MISS
 
     def resident_mask(self) -> npt.NDArray[np.bool_]:
         """[experts] bool, which experts may be read."""
@@ -105,8 +110,19 @@ class Residency:
         self._epoch = epoch = self._epoch + 1
         self._open_epochs[epoch] = None
         self._stamp[slot_ids] = epoch
-        self._policy.record(slot_ids)
         return Lease(epoch, slot_ids, int(np.count_nonzero(self._stamp == epoch)))
+
+    def visit(self, expert_ids: npt.NDArray[np.uint32]) -> Lease | None:
+        """A forward arrives and needs these experts: tell the policy, and hold them as `lease` does.
+
+        Called once by each forward, before anything else. What it leases later on is the same visit.
+
+        Raises:
+            IntegrityError: an id that this layer does not have.
+        """
+        lease = self.lease(expert_ids)
+        self._policy.record(expert_ids)
+        return lease
 
     def require_known(self, expert_ids: npt.NDArray[np.uint32]) -> None:
         """Check ids before a kernel reads rows by them; unsigned, as for `lease`.
@@ -142,21 +158,21 @@ class Residency:
         Returns:
             The slot, now FILLING; None where no slot may be evicted, and then nothing has changed.
         """
-        assert self.lookup(expert_id) is Lookup.MISS
-        free_slot_ids = np.flatnonzero(self._state == SlotState.FREE)
-        if free_slot_ids.size:
-            slot_id = int(free_slot_ids[0])
+        assert self.lookup(expert_id) is _MISS
+        if self._free_count:
+            slot_id = int((self._state == _FREE).argmax())
+            self._free_count -= 1
         else:
-            evictable = (self._state == SlotState.RESIDENT) & (self._stamp <= self._ended_epoch)
+            evictable = (self._state == _RESIDENT) & (self._stamp <= self._ended_epoch)
             dispensable = evictable & ~keep[self._expert_of]
-            if dispensable.any() or not is_urgent:
+            if np.count_nonzero(dispensable) or not is_urgent:
                 evictable = dispensable
-            if not evictable.any():
+            if not np.count_nonzero(evictable):
                 return None
             slot_id = self._policy.victim(evictable, self._stamp)
             assert evictable[slot_id], "an eviction policy named a slot that is held"
             self._resident_slot_of[self._expert_of[slot_id]] = ABSENT
-        self._state[slot_id] = SlotState.FILLING
+        self._state[slot_id] = _FILLING
         self._expert_of[slot_id] = expert_id
         self._filling_slot_of[expert_id] = slot_id
         return slot_id
@@ -164,7 +180,7 @@ class Residency:
     def complete_fill(self, slot_id: int) -> None:
         """The bytes of a FILLING slot have arrived: its expert may be read."""
         expert_id = self._end_fill(slot_id)
-        self._state[slot_id] = SlotState.RESIDENT
+        self._state[slot_id] = _RESIDENT
         self._resident_slot_of[expert_id] = slot_id
         self._stamp[slot_id] = self._ended_epoch  # as recent as can be without being held
         self._policy.admit(slot_id, expert_id)
@@ -172,8 +188,9 @@ class Residency:
     def abort_fill(self, slot_id: int) -> None:
         """The copy into a FILLING slot failed: the slot is FREE again and its expert absent."""
         self._end_fill(slot_id)
-        self._state[slot_id] = SlotState.FREE
+        self._state[slot_id] = _FREE
         self._expert_of[slot_id] = ABSENT
+        self._free_count += 1
 
     def check(self) -> None:
         """Assert every invariant; for tests."""
@@ -186,12 +203,13 @@ class Residency:
                     assert self._filling_slot_of[expert_id] == slot_id and not self.is_held(slot_id)
                 case SlotState.RESIDENT:
                     assert self._resident_slot_of[expert_id] == slot_id
+        assert self._free_count == np.count_nonzero(self._state == SlotState.FREE)
         owned = np.count_nonzero(self._resident_slot_of != ABSENT) + np.count_nonzero(self._filling_slot_of != ABSENT)
         assert owned == np.count_nonzero(self._state != SlotState.FREE)
         assert not np.any((self._resident_slot_of != ABSENT) & (self._filling_slot_of != ABSENT))
 
     def _end_fill(self, slot_id: int) -> int:
-        assert self._state[slot_id] == SlotState.FILLING
+        assert self._state[slot_id] == _FILLING
         expert_id = int(self._expert_of[slot_id])
         self._filling_slot_of[expert_id] = ABSENT
         return expert_id

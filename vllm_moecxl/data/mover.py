@@ -212,6 +212,13 @@ class Mover:
         with self._lock:
             return [fetch for t in self._scheduler.forget(wanter) if isinstance(fetch := t.payload, Fetch)]
 
+    def queue_s(self, home: Home, cause: Cause) -> float:
+        """Seconds until the links of a home's banks have copied what is in flight, and queued of `cause` or better."""
+        with self._lock:
+            now_s = self._clock()
+            link_ids = {self._link_ids[shard.bank.name] for shard in home.shards}
+            return max(self._scheduler.predicted_completion_s(link_id, 0, now_s, cause) for link_id in link_ids) - now_s
+
     def feed(self) -> None:
         """Issue what needs no waiting for, and note what has arrived: what a device needs done now and then."""
         with self._lock:

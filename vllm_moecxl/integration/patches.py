@@ -5,7 +5,7 @@ All are idempotent, and all but the two that make the options exist are installe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
@@ -138,14 +138,18 @@ def patch_checkpoint_reading(passes_over: Callable[[str], bool]) -> None:
     _wrap(weight_utils, "should_skip_weight", make)
 
 
-def patch_steps(before_step: Callable[[Collection[str]], None]) -> None:
-    """`WorkerWrapperBase.execute_model`: which requests have ended is known to no layer, and to no other hook."""
+def patch_steps(before_step: Callable[[Any, Any], None]) -> None:
+    """`WorkerWrapperBase.execute_model`: which requests are in a forward is known to no layer, and to no other hook.
+
+    Args:
+        before_step: gets the worker and the scheduler's output.
+    """
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(original)
         def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-            before_step(scheduler_output.finished_req_ids)
+            before_step(self.worker, scheduler_output)
             return original(self, scheduler_output, *args, **kwargs)
 
         return execute_model

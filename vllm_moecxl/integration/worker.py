@@ -8,7 +8,7 @@ from __future__ import annotations
 import atexit
 import sys
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,11 @@ from vllm_moecxl.integration.buffered import catching_direct_writes
 from vllm_moecxl.integration.device_budget import reserve_bytes
 from vllm_moecxl.integration.experts import ModelUnderConstruction, SlotExperts, building, register_layers
 from vllm_moecxl.integration.fingerprint import fingerprint
+from vllm_moecxl.integration.gates import find_gates
 from vllm_moecxl.integration.metrics import counters_path
 from vllm_moecxl.integration.packed import passes_over, passing_over_experts
 from vllm_moecxl.integration.settings import active_config
+from vllm_moecxl.integration.steps import describe, describe_early
 from vllm_moecxl.linux.topology import read_topology
 from vllm_moecxl.runtime.packing import Packer
 from vllm_moecxl.runtime.runtime import OffloadRuntime
@@ -71,11 +73,16 @@ def _build(create: Callable[[], Any], vllm_config: Any, model_config: Any) -> An
     # Importing the model's module is what makes its own subclasses of RoutedExperts known.
     get_model_architecture(model_config)
     register_layers()
-    runtime = _make_packer(config.pack_to, vllm_config) if config.pack_to else _make_runtime(config, vllm_config)
+    is_main = model_config is vllm_config.model_config
+    runtime = (
+        _make_packer(config.pack_to, vllm_config)
+        if config.pack_to
+        else _make_runtime(config, vllm_config, is_main=is_main)
+    )
     with building(runtime) as under_construction:
         model = create()
     # A pipeline stage, or a draft model, may well have no experts.
-    is_whole = model_config is vllm_config.model_config and vllm_config.parallel_config.pipeline_parallel_size == 1
+    is_whole = is_main and vllm_config.parallel_config.pipeline_parallel_size == 1
     _require_offloaded(model, runtime, has_experts=is_whole)
     if runtime.layer_count:
         if isinstance(runtime, Packer):
@@ -119,13 +126,16 @@ def _device(vllm_config: Any) -> torch.device:
     return device if device.type == "cpu" else torch.device(device.type, torch.accelerator.current_device_index())
 
 
-def _make_runtime(config: OffloadConfig, vllm_config: Any) -> OffloadRuntime:
+def _make_runtime(config: OffloadConfig, vllm_config: Any, *, is_main: bool) -> OffloadRuntime:
     device, world = _device(vllm_config), get_world_group()
+    may_record = is_main and world.rank_in_group == 0  # all ranks see the same routing
     profiles = load_profiles(machine_identity(read_topology()))
     banks = make_banks(config.banks, profiles, ranks=(world.rank_in_group, world.world_size))
     path = counters_path(world.rank)
     slot_bytes_per_s = profiles.of("dram", "dram").read_bytes_per_s
-    runtime = OffloadRuntime(config, make_backend(device), device, logger, banks, path, slot_bytes_per_s)
+    runtime = OffloadRuntime(
+        config, make_backend(device), device, logger, banks, path, slot_bytes_per_s, may_record=may_record
+    )
     _runtimes.add(runtime)
     # An engine that is gone must not be counted among those of a later one in the same process.
     weakref.finalize(runtime, path.unlink, missing_ok=True)
@@ -175,11 +185,21 @@ def _refuse_weight_access(vllm_config: Any, method: str) -> None:
         )
 
 
-def _before_step(finished_request_ids: Collection[str]) -> None:
+def _before_step(worker: Any, scheduled: Any) -> None:
     for runtime in list(_runtimes):
         runtime.watch()
-        if finished_request_ids:
-            runtime.forget(finished_request_ids)
+        if scheduled.finished_req_ids:
+            runtime.forget(scheduled.finished_req_ids)
+    runner = worker.model_runner
+    mine: OffloadRuntime | Packer | None = getattr(runner.model, _RUNTIME_ATTRIBUTE, None)
+    if not isinstance(mine, OffloadRuntime) or not scheduled.total_num_scheduled_tokens:
+        return
+    if not mine.is_foreseeing:
+        mine.foresee(find_gates(runner.model, mine.dispatches), runner.model_config.model)
+    if (ring := mine.ring) is not None:
+        ring.describe = lambda: describe(runner, scheduled)
+        if (begun := describe_early(runner, scheduled)) is not None:
+            ring.begin(begun)
 
 
 patches.patch_model_creation(_build)

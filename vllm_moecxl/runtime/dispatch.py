@@ -13,21 +13,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vllm_moecxl.control.cost import LayerCosts, Step
+from vllm_moecxl.control.cost import LayerCosts
+from vllm_moecxl.control.forward import ForwardPlanner
 from vllm_moecxl.control.layer_order import LayerOrder
-from vllm_moecxl.control.passes import (
-    Pass,
-    expert_passes,
-    fetch_counts,
-    needed_later,
-    split_resident,
-    token_passes,
-)
+from vllm_moecxl.control.passes import Pass, needed_later
 from vllm_moecxl.control.residency import Lease
 from vllm_moecxl.data.devices.base import DeviceBackend
 from vllm_moecxl.data.slabs import Home
 from vllm_moecxl.runtime.counters import Counters
 from vllm_moecxl.runtime.layer_buffer import LayerBuffer
+from vllm_moecxl.runtime.ring import RoutingRing
 from vllm_moecxl.runtime.slots import SlotCache
 from vllm_moecxl.types import Cause, Lookup, PassKind
 
@@ -37,10 +32,6 @@ Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Tensors = Sequence[torch.Tensor]
 #: Makes the kernel read its weights from these rows.
 Bind = Callable[[Tensors], None]
-
-#: The next layer is brought ahead only while a forward needs this share of a layer's experts: so much of what is
-#: brought is needed, whatever the router says. Source: a planning figure; a prefill needs nearly all.
-_AHEAD_SHARE_MIN = 0.75
 
 
 class Helper(Protocol):
@@ -69,6 +60,7 @@ class Dispatch:
 
     Attributes:
         following: the layer that comes after this one.
+        ring: gets what the router has chosen; None where nobody wants it.
     """
 
     def __init__(
@@ -86,14 +78,22 @@ class Dispatch:
         bind: Bind,
         pass_kind: PassKind,
     ) -> None:
-        assert costs.is_always_in_place or pass_kind is not PassKind.LAYER_BUFFER or buffer is not None
         self.name = name
         self.layer_id = layer_id
         self.slots = slots
         self.buffer = buffer
         self.pass_kind = pass_kind
         self.following: Dispatch | None = None
+        self.ring: RoutingRing | None = None
         self._costs = costs
+        self._planner = ForwardPlanner(
+            costs,
+            slots.residency.expert_count,
+            slots.cells.cell_count,
+            pass_kind,
+            has_buffer=buffer is not None,
+            is_joined=slots.cells.behind_row is not None,
+        )
         self._order = order
         self._helper = helper
         self._backend = backend
@@ -109,6 +109,11 @@ class Dispatch:
     def is_always_in_place(self) -> bool:
         """Whether every forward runs straight from the homes: the slots stay empty then."""
         return self._in_place_rows is not None
+
+    @property
+    def fetch_s(self) -> float:
+        """Seconds that a slab takes from its home, by the profile."""
+        return self._costs.fetch_s
 
     @property
     def home(self) -> Home:
@@ -133,20 +138,28 @@ class Dispatch:
         routes = host_ids.numpy().view(np.uint32)
         if not routes.size:
             return torch.empty_like(x)
+        position = self._order.arrive(self.layer_id)
         values = self._counters.values
         if self._in_place_rows is not None:
             self.slots.residency.require_known(routes)
+            self._show(routes, topk_weights, x)
             values[self._counters.passes[PassKind.IN_PLACE]] += 1
             return self._kernel(x, topk_weights, host_ids)
         lease = self.slots.lease(routes)
+        self._show(routes, topk_weights, x)
         if lease is None:
-            return self._slow(x, topk_weights, host_ids, routes)
+            return self._slow(x, topk_weights, host_ids, routes, position)
         values[self._counters.hit] += lease.distinct_count
         values[self._counters.single_pass] += 1
         try:
             return self._kernel(x, topk_weights, self._slot_tensor(lease))
         finally:
             self.slots.end(lease)
+
+    def _show(self, routes: npt.NDArray[np.uint32], topk_weights: torch.Tensor, x: torch.Tensor) -> None:
+        """Leave the routing to the sidecar: as late as may be, since it wants the interpreter too from then on."""
+        if self.ring is not None:
+            self.ring.see(self.layer_id, routes, topk_weights, x)
 
     def rehearse(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
         """Compute a forward that no request asked for (memory profile, warm-up); nobody looks at the result.
@@ -177,7 +190,12 @@ class Dispatch:
         return self._backend.to_device(torch.from_numpy(lease.slot_ids))
 
     def _slow(
-        self, x: torch.Tensor, topk_weights: torch.Tensor, host_ids: torch.Tensor, routes: npt.NDArray[np.uint32]
+        self,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        host_ids: torch.Tensor,
+        routes: npt.NDArray[np.uint32],
+        position: float,
     ) -> torch.Tensor:
         """A forward with misses: fetch, and run it in as many passes as it needs."""
         distinct = np.unique(routes).astype(np.int64)
@@ -188,14 +206,17 @@ class Dispatch:
         values[self._counters.hit] += hit_count
         values[self._counters.lookup[Lookup.PENDING]] += pending_count
         values[self._counters.lookup[Lookup.MISS]] += missing.size - pending_count
-        position = self._order.arrive(self.layer_id)
-        is_narrow = distinct.size <= self.slots.cells.cell_count
-        is_joined = self.slots.cells.behind_row is not None
-        if self._costs.runs_in_place(hit_count, missing, is_narrow=is_narrow, is_joined=is_joined):
+        kind, passes = self._planner.plan(
+            host_ids.numpy(),
+            distinct,
+            resident,
+            overlaps=self._helper.is_up,
+            is_buffered=self.buffer is not None and self.buffer.belongs_to(self.home),
+        )
+        if kind is PassKind.IN_PLACE:
             assert self.home.tensors is not None
             values[self._counters.passes[PassKind.IN_PLACE]] += 1
             return self._run_rows(self.home.tensors, x, topk_weights, host_ids)
-        kind, passes = self._plan(host_ids, distinct, resident)
         if kind is PassKind.LAYER_BUFFER:
             return self._run_layer_buffer(x, topk_weights, host_ids, distinct, position)
         values[self._counters.passes[kind]] += len(passes)
@@ -205,60 +226,6 @@ class Dispatch:
             return run(x, topk_weights, host_ids, passes, position)
         finally:
             self.slots.relinquish()
-
-    def _plan(
-        self, host_ids: torch.Tensor, distinct: npt.NDArray[np.int64], resident: npt.NDArray[np.bool_]
-    ) -> tuple[PassKind, Sequence[Pass]]:
-        """How to run a forward: the kind, and its passes."""
-        slot_count = self.slots.cells.cell_count
-        is_narrow = distinct.size <= slot_count
-        may_pass = self.pass_kind is PassKind.TOKEN and (is_narrow or not self._prefers_buffer())
-        if may_pass and (passes := self._token_passes(host_ids, distinct, resident)):
-            return (PassKind.SINGLE if len(passes) == 1 else PassKind.TOKEN), passes
-        if is_narrow:
-            return PassKind.SINGLE, [Pass(distinct, None)]
-        if self.pass_kind is PassKind.EXPERT:
-            return PassKind.EXPERT, expert_passes(distinct, resident, slot_count)
-        return PassKind.LAYER_BUFFER, []
-
-    def _token_passes(
-        self, host_ids: torch.Tensor, distinct: npt.NDArray[np.int64], resident: npt.NDArray[np.bool_]
-    ) -> Sequence[Pass] | None:
-        """The fastest token passes; None where the layer buffer copies less."""
-        slot_count, topk = self.slots.cells.cell_count, host_ids.shape[1]
-        routes = host_ids.numpy()
-        plans: list[Sequence[Pass]] = []
-        if distinct.size <= slot_count:
-            plans.append([Pass(distinct, None)])
-        else:
-            # The layer buffer copies every expert once: passes that would copy more are not worth their churn.
-            limit = int(distinct.size) if self.buffer is not None else host_ids.numel()
-            capacities = [slot_count]
-            if self._helper.is_up and slot_count >= 2 * topk:
-                capacities.append(slot_count // 2)  # leaves slots for the next pass's slabs while one computes
-            found = (token_passes(routes, resident, capacity, limit) for capacity in capacities)
-            plans += [passes for passes in found if passes is not None]
-        if self._helper.is_up:
-            # The tokens whose experts are there may go first: the others' are copied meanwhile.
-            parts = [split_resident(passes[0], routes, resident) for passes in plans]
-            plans += [[*two, *passes[1:]] for two, passes in zip(parts, plans, strict=True) if two is not None]
-        return min(plans, key=lambda passes: self._passes_s(passes, host_ids, resident), default=None)
-
-    def _passes_s(self, passes: Sequence[Pass], host_ids: torch.Tensor, resident: npt.NDArray[np.bool_]) -> float:
-        slot_count = self.slots.cells.cell_count
-        counts = fetch_counts(passes, resident, slot_count)
-        steps = [
-            Step(len(host_ids) if part.token_ids is None else part.token_ids.size, part.expert_ids.size, fetch_count)
-            for part, fetch_count in zip(passes, counts, strict=True)
-        ]
-        return self._costs.passes_s(steps, slot_count, overlaps=self._helper.is_up)
-
-    def _prefers_buffer(self) -> bool:
-        """Whether the layer buffer is the cheapest way for a wide forward, however few fetches passes would need."""
-        if self.buffer is None:
-            return False
-        # In one tensor with the slots it costs no copy of what they hold; and what was brought ahead is there already.
-        return self.slots.cells.behind_row is not None or self.buffer.belongs_to(self.home)
 
     def _run_token_passes(
         self,
@@ -358,8 +325,7 @@ class Dispatch:
         if not (free_count := self.slots.free_count()):
             return
         missing = distinct[~self.slots.residency.resident_mask()[distinct]]
-        route_counts = np.bincount(host_ids.numpy().ravel(), minlength=self.slots.residency.expert_count)
-        wanted = missing[np.argsort(-route_counts[missing], kind="stable")][:free_count]
+        wanted = self._planner.fillers(host_ids.numpy(), missing, free_count)
         with self.slots.hold_resident(wanted, self._keep([Pass(distinct, None)], 0), position):
             pass
 
@@ -368,7 +334,7 @@ class Dispatch:
         following = self.following
         if following is None or not self._helper.is_up or following.buffer in (None, self.buffer):
             return
-        if distinct_count >= _AHEAD_SHARE_MIN * self.slots.residency.expert_count:
+        if self._planner.expects_all(distinct_count):
             following.bring_ahead(distinct_count)
 
     def bring_ahead(self, distinct_count: int) -> None:

@@ -18,6 +18,10 @@ from vllm_moecxl.control.cost import LayerCosts
 from vllm_moecxl.control.eviction import POLICIES
 from vllm_moecxl.control.layer_order import LayerOrder
 from vllm_moecxl.control.placement import Placement
+from vllm_moecxl.control.prediction import DEFAULT_PREDICTORS, PREDICTORS
+from vllm_moecxl.control.prediction.forecast import Forecast
+from vllm_moecxl.control.prefetch import PrefetchPlanner
+from vllm_moecxl.control.recorder import TraceRecorder
 from vllm_moecxl.control.residency import Residency
 from vllm_moecxl.data.banks.base import Bank
 from vllm_moecxl.data.banks.file import FileBank
@@ -33,8 +37,11 @@ from vllm_moecxl.data.slabs import Cells, Home, HomeBuilder, LayerCells
 from vllm_moecxl.errors import CapacityError, ConfigError, IntegrityError
 from vllm_moecxl.runtime.counters import BANK_BYTES_KINDS, Counters
 from vllm_moecxl.runtime.dispatch import Bind, Dispatch, Kernel
+from vllm_moecxl.runtime.foresight import Foresight, Prefetching, Recording
 from vllm_moecxl.runtime.layer_buffer import LayerBuffer
+from vllm_moecxl.runtime.lookahead import Gate, GateLookahead
 from vllm_moecxl.runtime.placing import Placer, slab_file_among
+from vllm_moecxl.runtime.ring import RoutingRing
 from vllm_moecxl.runtime.selfcheck import SelfCheck
 from vllm_moecxl.runtime.sidecar import Sidecar
 from vllm_moecxl.runtime.slots import SlotCache
@@ -43,6 +50,8 @@ from vllm_moecxl.units import MIB, format_bytes, format_rate, format_seconds
 
 #: Host memory that the plan leaves to the rest of the process: activations, allocator slack, the tokenizer.
 _HOST_RESERVE_BYTES = 512 * MIB
+#: How many layers ahead is predicted.
+_REACH = 2
 #: Progress lines of one load.
 _PROGRESS_LINE_COUNT = 10
 
@@ -99,6 +108,7 @@ class OffloadRuntime:
         counters_path: file to share the counters through; None keeps them in this process.
         banks: homes in order of preference.
         slot_bytes_per_s: at which kernels read slots; compared with the banks' profiles.
+        may_record: whether this one of several ranks and models is the one that writes the trace.
     """
 
     def __init__(
@@ -110,6 +120,8 @@ class OffloadRuntime:
         banks: Sequence[Bank],
         counters_path: Path | None = None,
         slot_bytes_per_s: float = PUBLISHED["dram"].read_bytes_per_s,
+        *,
+        may_record: bool = True,
     ) -> None:
         assert config.mode != "off" and banks
         self.config = config
@@ -136,7 +148,12 @@ class OffloadRuntime:
         self._sidecar = Sidecar(self._mover, banks, backend, self.counters)
         # Their threads hold none of this object: they end with it.
         self._registrations: list[Registration] = []
-        weakref.finalize(self, _end, self._sidecar, self._mover, self._registrations, backend)
+        self._closing: list[Callable[[], None]] = []
+        weakref.finalize(self, _end, self._sidecar, self._mover, self._registrations, backend, self._closing)
+        self._may_record = may_record
+        self._foresight: Foresight | None = None
+        #: Whether `foresee` was called.
+        self.is_foreseeing = False
         self._order: LayerOrder | None = None
 
     @property
@@ -218,7 +235,7 @@ class OffloadRuntime:
             home: Home = home,
             costs: Callable[[], LayerCosts] = costs,
         ) -> Dispatch:
-            policy = POLICIES[self.config.eviction](slot_count)
+            policy = POLICIES[self.config.eviction](slot_count, layer.expert_count)
             residency = Residency(layer.expert_count, slot_count, policy)
             return Dispatch(
                 layer.name,
@@ -250,8 +267,39 @@ class OffloadRuntime:
         self._report_progress()
         return installed
 
+    @property
+    def ring(self) -> RoutingRing | None:
+        """Where forwards leave their routing, and somebody has to say what is in them; None if nobody wants to know."""
+        return self._foresight.ring if self._foresight is not None else None
+
+    def foresee(self, gates: Sequence[Gate | None], model_name: str) -> None:
+        """Begin to record and to predict, as far as the user asked for it; called once the model is complete.
+
+        Args:
+            gates: routers of the layers, in order.
+            model_name: for the recording.
+        """
+        self.is_foreseeing = True
+        recording, prefetching = self._recording(model_name), self._prefetching()
+        if recording is None and prefetching is None:
+            return
+        lookahead = GateLookahead(gates, _REACH)
+        ring = RoutingRing(
+            keeps_inputs=True,
+            keeps_weights=recording is not None,
+            lookahead=None if self._backend.is_host else lookahead,
+        )
+        expert_count = max(dispatch.home.expert_count for dispatch in self.dispatches.values())
+        foresight = Foresight(ring, expert_count, recording, prefetching, lookahead)
+        self._foresight = self._sidecar.foresight = foresight
+        self._closing.append(foresight.close)
+        for dispatch in self.dispatches.values():
+            dispatch.ring = ring
+
     def forget(self, request_ids: Collection[str]) -> None:
         """Requests have ended or were cancelled: what was being fetched for nobody else is given up."""
+        if self._foresight is not None:
+            self._foresight.ring.end(request_ids)
         given_up = [fetch for request_id in request_ids for fetch in self._mover.forget(request_id)]
         if given_up:
             for dispatch in self.dispatches.values():
@@ -259,8 +307,56 @@ class OffloadRuntime:
 
     def watch(self) -> None:
         """Look after the sidecar; called once a step."""
-        if self.config.sidecar:
-            self._sidecar.watch()
+        is_up = self.config.sidecar and self._sidecar.watch()
+        if self._foresight is not None and not is_up:
+            self._foresight.drain()  # a trace is recorded whether there is a sidecar or not
+
+    def _recording(self, model_name: str) -> Recording | None:
+        if self.config.trace is None or not self._may_record:
+            return None
+        in_order = [self.dispatches[name] for name in self._needs]
+        recorder = TraceRecorder(
+            self.layer_count,
+            in_order[0].home.expert_count,
+            next(iter(self._needs.values())).topk,
+            layer_ids=[_layer_number(name, index) for index, name in enumerate(self._needs)],
+            meta={"model": model_name, "source": "recorded by vllm_moecxl"},
+        )
+        return Recording(recorder, Path(self.config.trace))
+
+    def _prefetching(self) -> Prefetching | None:
+        """Who prefetches; None, and a line in the log, where nobody does."""
+        in_order = [self.dispatches[name] for name in self._needs]
+        counts = {dispatch.home.expert_count for dispatch in in_order}
+        reason = None
+        if self.config.prefetch == "off":
+            reason = 'prefetch is "off"'
+        elif not self.config.sidecar:
+            reason = "there is no sidecar"
+        elif all(dispatch.is_always_in_place for dispatch in in_order):
+            reason = "all layers run in place"
+        elif len(counts) > 1:
+            reason = "the layers differ in their number of experts"
+        elif all(d.slots.residency.slot_count == d.home.expert_count for d in in_order):
+            reason = "every expert has a slot"
+        if reason is not None:
+            self._log.info("MoE offload: nothing is prefetched into slots: %s", reason)
+            return None
+        names = DEFAULT_PREDICTORS if self.config.prefetch == "auto" else self.config.prefetch
+        expert_count, topk = counts.pop(), max(need.topk for need in self._needs.values())
+        predictors = {name: PREDICTORS[name](self.layer_count, expert_count, topk) for name in names}
+        forecast = Forecast(self.layer_count, expert_count, topk, predictors, reach=_REACH)
+        mover = self._mover
+        homes = [dispatch.home for dispatch in in_order]
+        self._log.info("MoE offload: experts are prefetched by %s", ", ".join(names))
+        return Prefetching(
+            forecast,
+            PrefetchPlanner(self.layer_count),
+            [None if dispatch.is_always_in_place else dispatch.slots for dispatch in in_order],
+            self._layer_order(),
+            lambda layer_id: mover.queue_s(homes[layer_id], Cause.PREFETCH),
+            [dispatch.fetch_s for dispatch in in_order],
+        )
 
     def _layer_order(self) -> LayerOrder:
         if self._order is None:
@@ -434,8 +530,22 @@ class OffloadRuntime:
                 values[self.counters.bank_bytes[bank.name, kind]] = byte_count
 
 
-def _end(sidecar: Sidecar, mover: Mover, registrations: Sequence[Registration], backend: DeviceBackend) -> None:
+def _layer_number(name: str, index: int) -> int:
+    """The model's number of a layer, as its name has it."""
+    numbers = [int(part) for part in name.split(".") if part.isdigit()]
+    return numbers[0] if numbers else index
+
+
+def _end(
+    sidecar: Sidecar,
+    mover: Mover,
+    registrations: Sequence[Registration],
+    backend: DeviceBackend,
+    closing: Sequence[Callable[[], None]],
+) -> None:
     sidecar.stop()
     mover.close()
+    for close in closing:
+        close()
     for registration in registrations:
         registration.release(backend)

@@ -12,6 +12,7 @@ from vllm_moecxl.data.banks.memory import NumaBank
 from vllm_moecxl.data.devices.base import DeviceBackend
 from vllm_moecxl.data.mover import Mover
 from vllm_moecxl.runtime.counters import Counters
+from vllm_moecxl.runtime.foresight import Foresight
 
 logger = logging.getLogger("vllm.moecxl")
 
@@ -54,6 +55,8 @@ class Sidecar:
         self._beat_s = clock()
         self._next_verify_s = self._beat_s + _VERIFY_PERIOD_S
         self._bank_index = 0
+        #: What the routing of forwards leads to; set before `start`, None where nobody wants it.
+        self.foresight: Foresight | None = None
         #: What ended the thread.
         self.failure: BaseException | None = None
         #: Whether the forward may count on it; updated by `watch`.
@@ -69,6 +72,8 @@ class Sidecar:
     def stop(self) -> None:
         """Tell the thread to end; it does at its next tick."""
         self._stop.set()
+        if self.foresight is not None:
+            self.foresight.ring.wake()
 
     def watch(self) -> bool:
         """Look whether it lives, from another thread, and show it; whether it does."""
@@ -91,6 +96,8 @@ class Sidecar:
             now_s: by the clock that it was made with.
         """
         self._beat_s = now_s
+        if self.foresight is not None:
+            self.foresight.drain()
         self._mover.feed()
         if self._banks and now_s >= self._next_verify_s:
             self._next_verify_s = now_s + _VERIFY_PERIOD_S
@@ -100,7 +107,7 @@ class Sidecar:
         try:
             self._backend.adopt_thread()
             period_s = IDLE_PERIOD_S if self._backend.is_host else FEED_PERIOD_S
-            while not self._stop.wait(period_s):
+            while not self._wait(period_s):
                 self.tick(self._clock())
                 self._counters.values[self._counters.sidecar_cpu_ns] = int(self._thread_clock() * 1e9)
         except BaseException as error:  # health and metrics show it, and serving goes on
@@ -110,6 +117,13 @@ class Sidecar:
             )
         self.is_up = False
         self._publish()
+
+    def _wait(self, period_s: float) -> bool:
+        """Until there is something to do, or the time is over; whether the thread is to end."""
+        if self.foresight is None:
+            return self._stop.wait(period_s)
+        self.foresight.wait(period_s)
+        return self._stop.is_set()
 
     def _lives(self) -> bool:
         return (

@@ -12,12 +12,13 @@ from contextlib import contextmanager
 import numpy as np
 import numpy.typing as npt
 
+from vllm_moecxl.control.prefetch import LayerView
 from vllm_moecxl.control.residency import Lease, Residency
 from vllm_moecxl.data.devices.base import DeviceBackend, Event
 from vllm_moecxl.data.fetch import Fetch
 from vllm_moecxl.data.mover import Mover
 from vllm_moecxl.data.slabs import Cells, Home
-from vllm_moecxl.runtime.counters import Counters
+from vllm_moecxl.runtime.counters import Counters, PrefetchOutcome
 from vllm_moecxl.types import Cause, SlotState
 
 Ids = npt.NDArray[np.int64]
@@ -48,6 +49,9 @@ class SlotCache:
         home: the slabs.
         cells: the slots' memory.
         mover: carries slabs.
+
+    Attributes:
+        unused: experts that were prefetched, and not needed since. Each leaves it once, useful, late or wasted.
     """
 
     def __init__(
@@ -63,13 +67,20 @@ class SlotCache:
         self._filling: dict[int, _Filling] = {}
         #: Leases of kernels that the device has not finished, oldest first, each with the event behind its kernel.
         self._unfinished: deque[tuple[Event, Lease]] = deque()
+        self.unused: set[int] = set()
         self._counted = dict.fromkeys(SlotState, 0)
         self._count()
 
     def lease(self, routes: npt.NDArray[np.uint32]) -> Lease | None:
         """Hold the slots of all these experts, or None unless every one is resident; see `Residency.lease`."""
         with self._lock:
-            return self.residency.lease(routes)
+            lease = self.residency.lease(routes)
+            if lease is None and self._filling:
+                self._settle()  # what was prefetched may just have arrived
+                lease = self.residency.lease(routes)
+            if self.unused and lease is not None:
+                self._use(routes.ravel().tolist())
+            return lease
 
     def end(self, lease: Lease) -> None:
         """The kernel that reads a lease's slots has been launched: hold them until the device has run it."""
@@ -85,8 +96,19 @@ class SlotCache:
         with self._lock:
             self._settle()
             resident = self.residency.resident_mask()
+            if self.unused:
+                self._use(distinct[resident[distinct]].tolist())
             pending_count = sum(expert_id in self._filling for expert_id in distinct[~resident[distinct]].tolist())
         return resident, pending_count
+
+    def view(self) -> LayerView:
+        """What is here, for whoever plans prefetches."""
+        with self._lock:
+            self._settle()
+            pending = np.zeros(self.residency.expert_count, dtype=np.bool_)
+            pending[list(self._filling)] = True
+            free_count = self.residency.state_counts()[SlotState.FREE]
+            return LayerView(self.residency.resident_mask(), pending, free_count, self.residency.slot_count)
 
     def lease_resident(self, distinct: Ids) -> tuple[Lease | None, Ids]:
         """Hold those of `distinct` that are resident now; which these are."""
@@ -157,30 +179,46 @@ class SlotCache:
             for filling in self._filling.values():
                 filling.is_awaited = False
 
-    def prefetch(self, expert_ids: Collection[int], deadline: float, wanters: Collection[str] = ()) -> int:
+    def prefetch(
+        self, expert_ids: Collection[int], deadline: float, wanters: Collection[str] = (), keep: Mask | None = None
+    ) -> int:
         """Begin to fetch experts that a later forward may need, and join those under way. Stops where no slot is to be
         had.
 
         Args:
+            expert_ids: most valuable first.
             deadline: position of the layer's next forward.
             wanters: requests that they are for.
+            keep: [experts] bool, what must not be evicted for them; nothing, where not given.
 
         Returns:
             How many fetches were begun.
         """
-        nothing = np.zeros(self.residency.expert_count, dtype=np.bool_)
+        if keep is None:
+            keep = np.zeros(self.residency.expert_count, dtype=np.bool_)
         begun_count = 0
         with self._lock:
             self._settle()
             for expert_id in self._filling.keys() & expert_ids:
                 self._mover.promote(self._filling[expert_id].fetch, Cause.PREFETCH, deadline, wanters)
             for expert_id in self._absent(np.fromiter(dict.fromkeys(expert_ids), dtype=np.int64)):
-                if (slot_id := self.residency.begin_fill(expert_id, nothing)) is None:
+                if (slot_id := self.residency.begin_fill(expert_id, keep, is_urgent=False)) is None:
                     break
                 self._fill(expert_id, slot_id, Cause.PREFETCH, deadline, wanters, is_awaited=False)
+                self.unused.add(expert_id)
                 begun_count += 1
             self._count()
         return begun_count
+
+    def drop_prefetches(self, needed: Collection[int]) -> None:
+        """The layer has been visited: stop bringing what was expected there and is not needed."""
+        if not self.unused:  # the sidecar alone adds to them, and calls this
+            return
+        with self._lock:
+            for expert_id, filling in self._filling.items():
+                if expert_id in self.unused and expert_id not in needed and not filling.is_awaited:
+                    self._mover.give_up(filling.fetch)
+            self._settle()
 
     def settle(self) -> None:
         """Note what has arrived, what was given up, and which kernels have been run. Any thread, now and then."""
@@ -203,6 +241,9 @@ class SlotCache:
                 # All slots are taken before any wait, so that no fill of this pass evicts another.
                 for expert_id in expert_ids[~resident].tolist():
                     filling = self._filling.get(expert_id)
+                    if expert_id in self.unused:
+                        self.unused.remove(expert_id)
+                        self._counters.add({self._counters.prefetch[PrefetchOutcome.LATE]: 1})
                     if filling is not None and not self._mover.promote(filling.fetch, Cause.DEMAND, deadline):
                         self._give_up({expert_id: filling})
                         filling = None
@@ -299,8 +340,25 @@ class SlotCache:
         while self._unfinished and self._backend.query(self._unfinished[0][0]):
             self.residency.release(self._unfinished.popleft()[1])
 
+    def _use(self, expert_ids: Collection[int]) -> None:
+        """A forward finds these in their slots."""
+        if used := self.unused.intersection(expert_ids):
+            self.unused -= used
+            self._counters.add({self._counters.prefetch[PrefetchOutcome.USEFUL]: len(used)})
+
     def _count(self) -> None:
-        """Move the gauge of slot states by what changed in this layer."""
+        """Move the gauge of slot states by what changed in this layer, and see which prefetches were for nothing."""
         counts = self.residency.state_counts()
-        self._counters.add({self._counters.slots[state]: counts[state] - self._counted[state] for state in SlotState})
+        amounts = {
+            self._counters.slots[state]: counts[state] - self._counted[state]
+            for state in SlotState
+            if counts[state] != self._counted[state]
+        }
         self._counted = counts
+        if self.unused:
+            resident = self.residency.resident_mask()
+            gone = {one for one in self.unused if not resident[one] and one not in self._filling}
+            self.unused -= gone
+            amounts[self._counters.prefetch[PrefetchOutcome.WASTED]] = len(gone)
+        if amounts:
+            self._counters.add(amounts)

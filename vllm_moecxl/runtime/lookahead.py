@@ -1,0 +1,98 @@
+"""Gates of the next layers applied early: to this layer's input instead of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Scores = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The router of one MoE layer.
+
+    Attributes:
+        weight: [experts, hidden] of any float type, on the device; the model's own parameter.
+        bias: [experts], or None.
+        norm: [hidden], by which the layer's input was scaled after its normalisation; None where nobody knows.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    norm: torch.Tensor | None
+
+
+class GateLookahead:
+    """What the gates of the next layers make of a layer's input.
+
+    The residual stream changes little from layer to layer, so the next gate mostly chooses early what it will choose in
+    time. Where the norms' scales are known the input is brought to the next layer's scale first.
+    Source: Eliseev and Mazur, "Fast Inference of Mixture-of-Experts Language Models with Offloading", 2023.
+
+    Args:
+        gates: of all MoE layers in order; None where a layer's is not known.
+        reach: how many layers ahead.
+    """
+
+    def __init__(self, gates: Sequence[Gate | None], reach: int) -> None:
+        self._gates = gates
+        self._reach = reach
+        #: By layer, what `on_host` multiplies with: made at first use, [hidden, distances x experts] float32.
+        self._host: dict[int, npt.NDArray[np.float32] | None] = {}
+
+    def on_host(self, layer_id: int, hidden: npt.NDArray[np.float32]) -> Scores | None:
+        """Scores of the next layers' experts from a copy of a layer's input, for a thread beside the forward.
+
+        Args:
+            layer_id: the layer.
+            hidden: [tokens, hidden] float32.
+
+        Returns:
+            [distances, tokens, experts] float32; None where a gate is not known, or after the last layer.
+        """
+        if layer_id not in self._host:
+            self._host[layer_id] = self._stack(layer_id)
+        stacked = self._host[layer_id]
+        if stacked is None:
+            return None
+        distance_count = len(self._following(layer_id))
+        return np.moveaxis((hidden @ stacked).reshape(len(hidden), distance_count, -1), 1, 0)
+
+    def on_device(self, layer_id: int, x: torch.Tensor) -> Scores | None:
+        """The same from the layer's input itself, [tokens, hidden] on the device. Waits for the device."""
+        following = self._following(layer_id)
+        if not following:
+            return None
+        rows = []
+        for gate in following:
+            scale = self._scale(layer_id, gate)
+            scaled = x if scale is None else x * scale.to(x.dtype)
+            rows.append(torch.nn.functional.linear(scaled.to(gate.weight.dtype), gate.weight, gate.bias).float())
+        scores: Scores = torch.stack(rows).cpu().numpy()
+        return scores
+
+    def _following(self, layer_id: int) -> list[Gate]:
+        gates = self._gates[layer_id + 1 : layer_id + 1 + self._reach]
+        known = [gate for gate in gates if gate is not None]
+        # One unknown gate among them would shift the distances of those behind it.
+        return known if len(known) == len(gates) and len({gate.weight.shape for gate in known}) <= 1 else []
+
+    def _scale(self, layer_id: int, gate: Gate) -> torch.Tensor | None:
+        here = self._gates[layer_id]
+        if here is None or here.norm is None or gate.norm is None:
+            return None
+        # A channel that is scaled to nothing here says nothing about the next layer.
+        return torch.where(here.norm == 0, 0, gate.norm.float() / here.norm.float())
+
+    def _stack(self, layer_id: int) -> npt.NDArray[np.float32] | None:
+        columns = []
+        for gate in self._following(layer_id):
+            weight = gate.weight.detach().float()
+            scale = self._scale(layer_id, gate)
+            columns.append((weight if scale is None else weight * scale).T)
+        return torch.cat(columns, dim=1).contiguous().numpy() if columns else None
