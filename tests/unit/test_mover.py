@@ -29,10 +29,10 @@ from tests.support.homes import (
 from tests.support.slabfiles import Contents, pack
 from tests.unit.test_slabs import EXPERT_COUNT, FILE_ROUTES, ROUTES, banks_of_three, ragged_layer
 from vllm_moecxl.config import Verify
+from vllm_moecxl.control import chunking
 from vllm_moecxl.control.placement import Part, Route
 from vllm_moecxl.data import carrier
 from vllm_moecxl.data import mover as movers
-from vllm_moecxl.data.banks import base
 from vllm_moecxl.data.banks.base import Bank, BankProfile, RowCopy
 from vllm_moecxl.data.banks.file import FileBank
 from vllm_moecxl.data.banks.memory import DramBank
@@ -52,8 +52,8 @@ CHUNK_BYTES = 8 * KIB
 
 def make_chunks_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks that the slabs of these tests have many of, and a ring that has fewer cells than that."""
-    monkeypatch.setattr(base, "CHUNK_BYTES_MIN", CHUNK_BYTES)
-    monkeypatch.setattr(base, "CHUNK_BYTES_MAX", CHUNK_BYTES)
+    monkeypatch.setattr(chunking, "CHUNK_BYTES_MIN", CHUNK_BYTES)
+    monkeypatch.setattr(chunking, "CHUNK_BYTES_MAX", CHUNK_BYTES)
     monkeypatch.setattr(FileBank, "chunk_bytes", CHUNK_BYTES)
     monkeypatch.setattr(carrier, "_STAGING_CELL_COUNT", 2)
 
@@ -320,8 +320,8 @@ def test_an_error_of_one_bank_is_told_at_once_and_giving_up_waits_for_the_copies
 
 
 def check_giving_up(setup: MakeSetup, monkeypatch: pytest.MonkeyPatch, place: int = 1) -> None:
-    monkeypatch.setattr(base, "CHUNK_BYTES_MAX", 1 << 20)  # one chunk a bank: nothing is left for whoever waits
-    monkeypatch.setattr(base, "CHUNK_BYTES_MIN", 1 << 20)
+    monkeypatch.setattr(chunking, "CHUNK_BYTES_MAX", 1 << 20)  # one chunk a bank: nothing is left for whoever waits
+    monkeypatch.setattr(chunking, "CHUNK_BYTES_MIN", 1 << 20)
     error = TransferError("gone")
     bad = Gated("bad", error)
     slow = [Gated("b"), Gated("c")]

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="routing traces (.npz)")
     parser.add_argument("--merge", action="store_true", help="take several files, of one model, as one trace")
     parser.add_argument(
-        "--cut", type=_requests, metavar="START:STOP", help="take these requests only: counted from 0, STOP not included"
+        "--cut", type=_requests, metavar="START:STOP", help="take these requests only, from 0 on, without STOP"
     )
     parser.add_argument("--tokens", type=_count, metavar="N", help="take the first N tokens of each request only")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write what was taken to a trace of its own")

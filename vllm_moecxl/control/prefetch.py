@@ -23,6 +23,8 @@ Scores = npt.NDArray[np.float32]
 PROBABILITY_MIN = 0.4
 #: A prefetch has to promise this much more than what it displaces, or near equals would chase each other.
 _MARGIN = 0.05
+#: It has to arrive this much of its own time before it would if it were asked for in time.
+_SAVED_SHARE_MIN = 0.5
 #: Weight of the latest pick in the precision that is believed, for each distance.
 _LEARNING_RATE = 0.02
 #: Picks of a distance that are judged in the shadow before they are ordered, or ordered again.
@@ -153,6 +155,8 @@ class PrefetchPlanner:
         for expert_id in absent.tolist():
             arrival_s = timing.queue_s + (len(chosen) + 1) * timing.fetch_s
             saved_s = timing.fetch_s - max(arrival_s - timing.lead_s, 0.0)
+            if saved_s < _SAVED_SHARE_MIN * timing.fetch_s:
+                break  # mostly waited for, whether it is begun now or then; those that follow even more so
             displaced = 0.0
             victim_index = len(chosen) - view.free_count
             if victim_index >= 0:

@@ -15,6 +15,7 @@ from vllm_moecxl.control.prediction.base import Observation, Step, Target
 from vllm_moecxl.control.prediction.forecast import Forecast
 from vllm_moecxl.control.prefetch import LayerView, PrefetchPlanner, Timing
 from vllm_moecxl.control.residency import Residency
+from vllm_moecxl.control.trial import Trial
 
 #: Weight of the latest observation in what is believed of the time between two layers.
 _LEARNING_RATE = 0.1
@@ -71,7 +72,9 @@ class Prefetching:
         self._order = order
         self._queue_s = queue_s
         self._fetch_s = fetch_s
+        self.trial = Trial()
         self._step: Step | None = None
+        self._step_before: Step | None = None
         #: By layer, seconds from the layer before it; of the first one, from the last layer of the step before.
         self._until_s = [0.0] * len(slots)
         #: Seconds from the beginning of a step to its first layer.
@@ -81,13 +84,14 @@ class Prefetching:
 
     def begin(self, step: Step | None, time_s: float) -> Sequence[Target]:
         """A step begins; what may be fetched for now."""
+        self._try(step, time_s)
         self._step, self._begun_s = step, time_s
-        return (self.forecast.begin(step) or ()) if step is not None else ()
+        return self.forecast.begin(step) if step is not None and self.is_on else ()
 
     def observe(self, seen: Observation, time_s: float) -> Sequence[Target]:
         """A layer of the step; what may be fetched for now."""
         self._learn_times(seen.layer_id, time_s)
-        if self._step is None:
+        if self._step is None or not self.is_on:
             return ()
         needed = np.zeros(self.forecast.scores.shape[1], dtype=np.bool_)
         needed[seen.expert_ids] = True
@@ -102,14 +106,29 @@ class Prefetching:
         request_ids = self._step.request_ids
         for target in targets:
             slots, scores = self._slots[target.layer_id], self.forecast.scores[target.layer_id]
-            # More than fits goes through the layer buffer, which is brought ahead as a whole.
-            if slots is None or scores.sum() > slots.residency.slot_count:
+            if slots is None:
+                continue
+            # More than fits goes through the layer buffer, which is brought ahead as a whole. One token always fits.
+            if len(request_ids) > 1 and scores.sum() > slots.residency.slot_count:
                 continue
             timing = Timing(self._lead_s(target, now_s), self._fetch_s[target.layer_id], self._queue_s(target.layer_id))
             order = self.planner.plan(target.layer_id, target.distance, scores, slots.view(), timing)
             if order is not None:
                 wanters = request_ids if len(request_ids) <= _WANTER_COUNT_MAX else ()
                 slots.prefetch(order.expert_ids, self._order.next_position(target.layer_id), wanters, order.keep)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether it is worth its time at present: if not, nothing is even predicted."""
+        return self.trial.is_on
+
+    def _try(self, step: Step | None, time_s: float) -> None:
+        """Hold the time of the step that has ended against those without, or with, prefetching."""
+        before, self._step_before = self._step_before, step
+        if before is None or step is None or before.is_prompt.any() or step.is_prompt.any():
+            return
+        if (duration_s := time_s - self._begun_s) < _PAUSE_S:
+            self.trial.observe(len(before.rows), duration_s)
 
     def _learn_times(self, seen_layer_id: int, time_s: float) -> None:
         if seen_layer_id == 0 and self._begun_s:

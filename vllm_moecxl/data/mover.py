@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
+from vllm_moecxl.control.chunking import link_limits
 from vllm_moecxl.control.links import LinkLimits
 from vllm_moecxl.control.scheduler import Chunk, Scheduler
 from vllm_moecxl.data.banks.base import Bank
@@ -440,6 +441,6 @@ def _check(fetch: Fetch) -> Exception | None:
 def _limits(bank: Bank, in_flight_bytes_max: int) -> LinkLimits:
     """A chunk for each reader and for whoever helps, or what fills the link for its latency, where that is more."""
     profile = bank.profile
-    pipe_bytes = 2 * int(profile.latency_s * profile.read_bytes_per_s)
-    wanted_bytes = max((bank.reader_count + 1) * bank.chunk_bytes, pipe_bytes)
-    return LinkLimits(profile.latency_s, profile.read_bytes_per_s, min(wanted_bytes, in_flight_bytes_max))
+    return link_limits(
+        profile.latency_s, profile.read_bytes_per_s, bank.reader_count, bank.chunk_bytes, in_flight_bytes_max
+    )

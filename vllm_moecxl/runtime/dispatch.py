@@ -145,7 +145,7 @@ class Dispatch:
             self._show(routes, topk_weights, x)
             values[self._counters.passes[PassKind.IN_PLACE]] += 1
             return self._kernel(x, topk_weights, host_ids)
-        lease = self.slots.lease(routes)
+        lease = self.slots.visit(routes)
         self._show(routes, topk_weights, x)
         if lease is None:
             return self._slow(x, topk_weights, host_ids, routes, position)

@@ -72,6 +72,7 @@ class RoutingRing:
 
     Attributes:
         describe: says what is in the forward that is running; set by whoever knows the engine.
+        is_wanted: whether layers are to be put in at present; where not, only the beginnings of forwards are.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class RoutingRing:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.describe: Callable[[], Begun | None] = lambda: None
+        self.is_wanted = True
         self._keeps_inputs = keeps_inputs
         self._keeps_weights = keeps_weights
         self._lookahead = lookahead
@@ -108,6 +110,8 @@ class RoutingRing:
         if layer_id <= self._layer_id:
             self._put(self.describe() or Begun(None, None, self._clock()))
         self._layer_id = layer_id
+        if not self.is_wanted:
+            return
         hidden = ahead = weights = None
         if self._keeps_inputs and len(routes) <= _TOKEN_COUNT_MAX:
             if x.device.type == "cpu":

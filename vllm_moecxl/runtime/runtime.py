@@ -21,6 +21,7 @@ from vllm_moecxl.control.placement import Placement
 from vllm_moecxl.control.prediction import DEFAULT_PREDICTORS, PREDICTORS
 from vllm_moecxl.control.prediction.forecast import Forecast
 from vllm_moecxl.control.prefetch import PrefetchPlanner
+from vllm_moecxl.control.prefetching import Prefetching
 from vllm_moecxl.control.recorder import TraceRecorder
 from vllm_moecxl.control.residency import Residency
 from vllm_moecxl.data.banks.base import Bank
@@ -37,7 +38,7 @@ from vllm_moecxl.data.slabs import Cells, Home, HomeBuilder, LayerCells
 from vllm_moecxl.errors import CapacityError, ConfigError, IntegrityError
 from vllm_moecxl.runtime.counters import BANK_BYTES_KINDS, Counters
 from vllm_moecxl.runtime.dispatch import Bind, Dispatch, Kernel
-from vllm_moecxl.runtime.foresight import Foresight, Prefetching, Recording
+from vllm_moecxl.runtime.foresight import Foresight, Recording
 from vllm_moecxl.runtime.layer_buffer import LayerBuffer
 from vllm_moecxl.runtime.lookahead import Gate, GateLookahead
 from vllm_moecxl.runtime.placing import Placer, slab_file_among

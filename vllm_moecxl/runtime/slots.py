@@ -74,7 +74,12 @@ class SlotCache:
     def lease(self, routes: npt.NDArray[np.uint32]) -> Lease | None:
         """Hold the slots of all these experts, or None unless every one is resident; see `Residency.lease`."""
         with self._lock:
-            lease = self.residency.lease(routes)
+            return self.residency.lease(routes)
+
+    def visit(self, routes: npt.NDArray[np.uint32]) -> Lease | None:
+        """A forward arrives: hold the slots of its experts, or None unless every one is resident."""
+        with self._lock:
+            lease = self.residency.visit(routes)
             if lease is None and self._filling:
                 self._settle()  # what was prefetched may just have arrived
                 lease = self.residency.lease(routes)

@@ -8,18 +8,12 @@ from typing import Literal, NamedTuple, Protocol
 
 import torch
 
+from vllm_moecxl.control.chunking import chunk_bytes_at
 from vllm_moecxl.types import Tier
-from vllm_moecxl.units import KIB, MIB
 
 #: Where a profile's figures come from: measured by `moecxl profile`, the parameters of an emulated device, or figures
 #: published for memory of this kind.
 ProfileSource = Literal["measured", "emulated", "published"]
-
-#: A demand waits for at most this long behind a chunk that nobody waits for, where the limits below allow it. Many
-#: times what a chunk costs in Python, 20 to 40 us. Source: copies of 1 MiB pieces on an AMD EPYC core, 2026-11-22.
-CHUNK_S = 0.5e-3
-CHUNK_BYTES_MIN = 256 * KIB
-CHUNK_BYTES_MAX = 4 * MIB
 
 
 @dataclass(frozen=True)
@@ -38,9 +32,8 @@ class BankProfile:
 
     @property
     def chunk_bytes(self) -> int:
-        """What one copy from the bank moves: about `CHUNK_S` of its time, a power of two."""
-        wanted = int(self.read_bytes_per_s * CHUNK_S)
-        return min(max(1 << max(wanted.bit_length() - 1, 0), CHUNK_BYTES_MIN), CHUNK_BYTES_MAX)
+        """What one copy from the bank moves."""
+        return chunk_bytes_at(self.read_bytes_per_s)
 
 
 class Rows(Protocol):
