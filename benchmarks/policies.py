@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from benchmarks.common import Result, print_table, save
 from vllm_moecxl.config import OffloadConfig
-from vllm_moecxl.control.budgets import budgets, miss_curve
+from vllm_moecxl.control.budgets import budgets, miss_curves
 from vllm_moecxl.control.eviction import POLICIES
 from vllm_moecxl.control.replay import Hits, belady, replay, replayable
 from vllm_moecxl.control.trace import RoutingTrace
@@ -152,10 +152,19 @@ def _load(path: Path) -> RoutingTrace:
 
 
 def _budgets(trace: RoutingTrace, slot_counts: Sequence[int]) -> list[int]:
-    rows = trace.topk[trace.decode_mask()]
-    rows = rows[: max(1, int(_BUDGET_SHARE * len(rows)))]
-    curves = [miss_curve(rows[:, layer], trace.expert_count) for layer in range(trace.layer_count)]
-    return budgets(curves, sum(slot_counts), trace.topk_count).tolist()
+    mask = trace.decode_mask()
+    count = max(1, int(_BUDGET_SHARE * np.count_nonzero(mask)))
+    seen = replace(
+        trace,
+        topk=trace.topk[mask][:count],
+        weights=None,
+        lookahead=None,
+        req=np.array([0, count]),
+        prefill=np.zeros(1, np.int32),
+        token_ids=trace.token_ids[mask][:count],
+        domain=None,
+    )
+    return budgets(miss_curves(seen), sum(slot_counts), trace.topk_count).tolist()
 
 
 def _measure_peer(trace: RoutingTrace, slot_count: int, name: str) -> Hits:

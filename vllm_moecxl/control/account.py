@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from vllm_moecxl.config import OffloadConfig
+from vllm_moecxl.control.budgets import budgets
 from vllm_moecxl.errors import CapacityError, ConfigError
 from vllm_moecxl.units import MIB, format_bytes
 
@@ -133,11 +137,19 @@ def require_host_room(host_home_bytes: int, machine: Machine) -> None:
         )
 
 
-def plan(config: OffloadConfig, layers: Sequence[LayerNeed], machine: Machine, holdings: Sequence[Holding]) -> Account:
+def plan(
+    config: OffloadConfig,
+    layers: Sequence[LayerNeed],
+    machine: Machine,
+    holdings: Sequence[Holding],
+    curves: npt.NDArray[np.int64] | None = None,
+) -> Account:
     """Resolve `slots` and `layer_buffer` for these layers and check that everything fits.
 
     Args:
         holdings: what each bank will home.
+        curves: [layers, experts + 1] misses of each layer with 0, 1, ... slots, by which slots that are given for all
+            layers together are shared out; None for equal shares.
 
     Raises:
         ConfigError: a slot count that these layers cannot have.
@@ -149,6 +161,9 @@ def plan(config: OffloadConfig, layers: Sequence[LayerNeed], machine: Machine, h
     # Where the device is the host, a slot costs the memory of a home: not worth more than half of it again.
     auto_bytes_max = host_home_bytes // 2 if machine.shared and host_home_bytes else sum_home_bytes(layers)
     slot_counts = _slot_counts(config, layers, room_bytes, auto_bytes_max)
+    is_total = config.slots.is_auto or config.slots.total_bytes is not None
+    if curves is not None and is_total and len({(layer.topk, layer.slab_bytes) for layer in layers}) == 1:
+        slot_counts = tuple(budgets(list(curves), sum(slot_counts), layers[0].topk).tolist())
     slot_bytes = _slot_bytes(layers, slot_counts)
     layer_buffer_count = _layer_buffer_count(config, layers, slot_counts, room_bytes - slot_bytes)
     layer_buffer_bytes = layer_buffer_count * _buffer_bytes(layers)

@@ -11,27 +11,16 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from vllm_moecxl.control.trace import RoutingTrace
+from vllm_moecxl.control.trace_stats import reuse_distances
 
-def miss_curve(visits: npt.NDArray[np.integer], expert_count: int) -> npt.NDArray[np.int64]:
-    """LRU's misses at every number of slots, in one walk over a layer's visits.
 
-    Args:
-        visits: [visits, k] expert ids, the k of a visit all different.
-
-    Returns:
-        [experts + 1] int64, misses with 0, 1, ... slots. What a visit needs is read at once, and not pushed out by it.
-    """
-    distances = np.zeros(expert_count + 1, dtype=np.int64)
-    last_visit = np.full(expert_count, -1, dtype=np.int64)
-    for number, expert_ids in enumerate(visits):
-        previous = last_visit[expert_ids]
-        # An expert is found by as many slots as hold all that were read since, itself included. Of those read together
-        # with it, the lower slots are evicted first: here, the lower experts.
-        for expert_id, seen in zip(expert_ids[previous >= 0].tolist(), previous[previous >= 0].tolist(), strict=True):
-            newer = np.count_nonzero(last_visit > seen) + np.count_nonzero(last_visit[expert_id:] == seen)
-            distances[newer] += 1
-        last_visit[expert_ids] = number
-    misses: npt.NDArray[np.int64] = visits.size - np.cumsum(distances)
+def miss_curves(trace: RoutingTrace) -> npt.NDArray[np.int64]:
+    """[layers, experts + 1] int64, LRU's misses in each layer with 0, 1, ... slots."""
+    distances = reuse_distances(trace)
+    use_counts = distances.counts.sum(axis=1) + distances.first_counts
+    hit_counts = np.pad(np.cumsum(distances.counts, axis=1), ((0, 0), (1, 0)))
+    misses: npt.NDArray[np.int64] = use_counts[:, None] - hit_counts
     return misses
 
 

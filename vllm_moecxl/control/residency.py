@@ -55,7 +55,7 @@ class Residency:
         assert 1 <= slot_count <= expert_count
         self.expert_count = expert_count
         self.slot_count = slot_count
-        self._policy = policy
+        self.policy = policy
         self._state = np.full(slot_count, SlotState.FREE, dtype=np.uint8)
         self._expert_of = np.full(slot_count, ABSENT, dtype=np.int32)
         #: Slot of an expert that may be read, and of one that is filling; the first is what the hot path indexes.
@@ -121,7 +121,7 @@ class Residency:
             IntegrityError: an id that this layer does not have.
         """
         lease = self.lease(expert_ids)
-        self._policy.record(expert_ids)
+        self.policy.record(expert_ids)
         return lease
 
     def require_known(self, expert_ids: npt.NDArray[np.uint32]) -> None:
@@ -169,7 +169,7 @@ class Residency:
                 evictable = dispensable
             if not np.count_nonzero(evictable):
                 return None
-            slot_id = self._policy.victim(evictable, self._stamp)
+            slot_id = self.policy.victim(evictable, self._stamp)
             assert evictable[slot_id], "an eviction policy named a slot that is held"
             self._resident_slot_of[self._expert_of[slot_id]] = ABSENT
         self._state[slot_id] = _FILLING
@@ -183,7 +183,7 @@ class Residency:
         self._state[slot_id] = _RESIDENT
         self._resident_slot_of[expert_id] = slot_id
         self._stamp[slot_id] = self._ended_epoch  # as recent as can be without being held
-        self._policy.admit(slot_id, expert_id)
+        self.policy.admit(slot_id, expert_id)
 
     def abort_fill(self, slot_id: int) -> None:
         """The copy into a FILLING slot failed: the slot is FREE again and its expert absent."""

@@ -18,8 +18,10 @@ from vllm_moecxl.control.account import (
     sum_home_bytes,
     wanted_device_bytes,
 )
+from vllm_moecxl.control.budgets import miss_curves
 from vllm_moecxl.control.frequency import ActivationFrequency
 from vllm_moecxl.control.placement import BankView, Placement, place
+from vllm_moecxl.control.trace import RoutingTrace
 from vllm_moecxl.data.banks.base import Bank
 from vllm_moecxl.data.banks.file import FileBank
 from vllm_moecxl.data.slabs import STRIPE_GRANULE_BYTES
@@ -124,6 +126,17 @@ class Placer:
             )
         path = Path(self._config.placement_trace)
         return list(ActivationFrequency.from_trace(path, len(needs), expert_counts.pop()).values)
+
+    def curves(self, layer_count: int) -> npt.NDArray[np.int64] | None:
+        """[layers, experts + 1] misses of each layer with 0, 1, ... slots, by the placement trace; None without one.
+
+        `place` has checked by then that the trace is of this model.
+        """
+        if self._config.placement_trace is None:
+            return None
+        trace = RoutingTrace.load(self._config.placement_trace)
+        assert trace.layer_count == layer_count
+        return miss_curves(trace)
 
     def holdings(self, needs: Sequence[LayerNeed], placement: Placement) -> list[Holding]:
         """What each bank will home."""

@@ -15,7 +15,7 @@ import torch
 from vllm_moecxl.config import OffloadConfig
 from vllm_moecxl.control.account import Account, LayerNeed, Machine, plan
 from vllm_moecxl.control.cost import LayerCosts
-from vllm_moecxl.control.eviction import POLICIES
+from vllm_moecxl.control.eviction import POLICIES, NextUse
 from vllm_moecxl.control.layer_order import LayerOrder
 from vllm_moecxl.control.placement import Placement
 from vllm_moecxl.control.prediction import DEFAULT_PREDICTORS, PREDICTORS
@@ -193,7 +193,8 @@ class OffloadRuntime:
         placer = Placer(self.config, self.banks)
         needs = placer.exact_needs(list(self._needs.values()))
         self._placement = placer.place(needs, machine)
-        self.account = plan(self.config, needs, machine, placer.holdings(needs, self._placement))
+        holdings, curves = placer.holdings(needs, self._placement), placer.curves(len(needs))
+        self.account = plan(self.config, needs, machine, holdings, curves)
         self._log.info("MoE offload: byte account of this rank, before the weights are loaded:")
         for line in self.account.lines(needs):
             self._log.info("MoE offload:   %s", line)
@@ -347,6 +348,9 @@ class OffloadRuntime:
         expert_count, topk = counts.pop(), max(need.topk for need in self._needs.values())
         predictors = {name: PREDICTORS[name](self.layer_count, expert_count, topk) for name in names}
         forecast = Forecast(self.layer_count, expert_count, topk, predictors, reach=_REACH)
+        for dispatch, scores in zip(in_order, forecast.scores, strict=True):
+            if isinstance(policy := dispatch.slots.residency.policy, NextUse):
+                policy.probabilities = scores
         mover = self._mover
         homes = [dispatch.home for dispatch in in_order]
         self._log.info("MoE offload: experts are prefetched by %s", ", ".join(names))
