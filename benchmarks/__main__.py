@@ -16,6 +16,7 @@ BENCHMARKS = {
     "overlap": "benchmarks.overlap",
     "interference": "benchmarks.interference",
     "slots": "benchmarks.slots",
+    "validation": "benchmarks.validation",
 }
 
 

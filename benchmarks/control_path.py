@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from benchmarks.common import Result, quantile
+from vllm_moecxl.config import OffloadConfig
 from vllm_moecxl.control.cost import LayerCosts
 from vllm_moecxl.control.eviction import POLICIES
 from vllm_moecxl.control.layer_order import LayerOrder
@@ -25,6 +26,8 @@ from vllm_moecxl.data.profiles import PUBLISHED
 from vllm_moecxl.data.slabs import Cells, HomeBuilder
 from vllm_moecxl.runtime.counters import Counters
 from vllm_moecxl.runtime.dispatch import Dispatch
+from vllm_moecxl.runtime.foresight import Foresight
+from vllm_moecxl.runtime.ring import RoutingRing
 from vllm_moecxl.runtime.sidecar import Sidecar
 from vllm_moecxl.runtime.slots import SlotCache
 from vllm_moecxl.types import PassKind
@@ -65,7 +68,7 @@ def full_hit_dispatch(case: Case, *, has_sidecar: bool = True) -> Iterator[Dispa
     """A dispatch over tiny slabs whose experts are all resident.
 
     Args:
-        has_sidecar: whether the sidecar's thread runs beside it, as in an engine.
+        has_sidecar: whether the sidecar's thread runs beside it, as in an engine, and takes in the routing.
     """
     bank = DramBank("dram", "dram", None, PUBLISHED["dram"])
     tensors = {"weight": torch.zeros(case.expert_count, 8)}
@@ -73,7 +76,8 @@ def full_hit_dispatch(case: Case, *, has_sidecar: bool = True) -> Iterator[Dispa
     backend, counters = CpuBackend(), Counters(["dram"])
     mover = Mover([bank], backend, counters)
     sidecar = Sidecar(mover, [bank], backend, counters)
-    residency = Residency(case.expert_count, case.expert_count, POLICIES["lru"](case.expert_count, case.expert_count))
+    policy = POLICIES[OffloadConfig().eviction](case.expert_count, case.expert_count)
+    residency = Residency(case.expert_count, case.expert_count, policy)
     cells = Cells(home.layout, case.expert_count, backend)
     rate = PUBLISHED["dram"].read_bytes_per_s
     dispatch = Dispatch(
@@ -93,6 +97,8 @@ def full_hit_dispatch(case: Case, *, has_sidecar: bool = True) -> Iterator[Dispa
     dispatch.preload(range(case.expert_count))
     assert bool(residency.resident_mask().all())
     if has_sidecar:
+        dispatch.ring = RoutingRing(keeps_inputs=True, keeps_weights=False)
+        sidecar.foresight = Foresight(dispatch.ring, case.expert_count, None, None, None)
         sidecar.start()
     try:
         yield dispatch

@@ -1,8 +1,8 @@
 """Decode speed with half and a quarter of the experts in slots, as a share of the resident model's.
 
-In one process and in turn: plain vLLM, ours at 50 % and at 25 % slots, and both once more without prefetching. Homes
-are at half of this machine's copy rate. One sequence at a time, counted from its first token on; every engine has to
-give the same tokens.
+In one process and in turn: plain vLLM, ours at 50 % and at 25 % slots, both with prefetching that is never given up,
+and both without any. Homes are at half of this machine's copy rate. One sequence at a time, counted from its first
+token on; every engine has to give the same tokens.
 """
 
 from __future__ import annotations
@@ -31,11 +31,15 @@ _RESIDENT = "resident"
 #: Slots and options of our engines.
 _ENGINES: dict[str, tuple[str | None, Result]] = {
     _RESIDENT: (None, {}),
-    "50%": ("50%", {"in_place": "never"}),
-    "25%": ("25%", {"in_place": "never"}),
-    "50% on demand": ("50%", {"in_place": "never", "prefetch": "off"}),
-    "25% on demand": ("25%", {"in_place": "never", "prefetch": "off"}),
+    "50%": ("50%", {}),
+    "25%": ("25%", {}),
+    "50% always": ("50%", {}),
+    "25% always": ("25%", {}),
+    "50% on demand": ("50%", {"prefetch": "off"}),
+    "25% on demand": ("25%", {"prefetch": "off"}),
 }
+#: Engines whose prefetching is not given up where it makes steps no faster.
+_ALWAYS = "always"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,6 +66,8 @@ def run(args: argparse.Namespace) -> Result:
     values = {
         "ratio_50": engines["50%"]["ratio"],
         "ratio_25": engines["25%"]["ratio"],
+        "ratio_50_always": engines["50% always"]["ratio"],
+        "ratio_25_always": engines["25% always"]["ratio"],
         "ratio_50_on_demand": engines["50% on demand"]["ratio"],
         "ratio_25_on_demand": engines["25% on demand"]["ratio"],
         **measured,
@@ -95,12 +101,16 @@ def compare(model: str, bank: str, new_count: int, round_count: int) -> Result:
         RuntimeError: their tokens differ.
     """
     engines = {
-        name: make_engine(Path(model), slots=slots, banks=[bank], moe_offload=options)
+        name: make_engine(Path(model), slots=slots, banks=[bank], moe_offload={"in_place": "never", **options})
         for name, (slots, options) in _ENGINES.items()
     }
     prompts = text_prompts(Path(model), _WARMUP_COUNT + round_count, _PROMPT_LENGTH)
     results = {name: Measurements() for name in engines}
-    for prompt in prompts[:_WARMUP_COUNT]:
+    for name, llm in engines.items():
+        _decode(llm, prompts[0], new_count)
+        if name.endswith(_ALWAYS):
+            llm.apply_model(_prefetch_always)
+    for prompt in prompts[1:_WARMUP_COUNT]:
         for llm in engines.values():
             _decode(llm, prompt, new_count)
     for index, prompt in enumerate(prompts[_WARMUP_COUNT:]):
@@ -148,6 +158,10 @@ def _figures(result: Measurements, reference: Sequence[float]) -> Result:
         "ratio_by_round": [round(ratio, 4) for ratio in ratios],
         **(offload_figures(result.counters) if result.counters else {}),
     }
+
+
+def _prefetch_always(model: Any) -> None:
+    model.moe_offload_runtime.prefetching.trial.pin()
 
 
 def _keeps_pace(model: Any) -> bool:

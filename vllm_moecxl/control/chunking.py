@@ -6,10 +6,12 @@ from vllm_moecxl.control.links import LinkLimits
 from vllm_moecxl.units import KIB, MIB
 
 #: A demand waits for at most this long behind a chunk that nobody waits for, where the limits below allow it. Many
-#: times what a chunk costs in Python, 20 to 40 us. Source: copies of 1 MiB pieces on an AMD EPYC core, 2026-11-22.
-CHUNK_S = 0.5e-3
+#: times what a chunk costs: 20 to 40 us in Python, and about 50 us of the forward's time, whenever it takes the
+#: interpreter from it. Source: `python -m benchmarks slots` with 0.5, 1.2 and 5 ms, AMD EPYC in a virtual machine,
+#: 2026-11-22.
+CHUNK_S = 1e-3
 CHUNK_BYTES_MIN = 256 * KIB
-CHUNK_BYTES_MAX = 4 * MIB
+CHUNK_BYTES_MAX = 8 * MIB
 
 
 def chunk_bytes_at(read_bytes_per_s: float) -> int:

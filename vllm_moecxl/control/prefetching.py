@@ -127,15 +127,16 @@ class Prefetching:
         before, self._step_before = self._step_before, step
         if before is None or step is None or before.is_prompt.any() or step.is_prompt.any():
             return
-        if (duration_s := time_s - self._begun_s) < _PAUSE_S:
+        if 0 < (duration_s := time_s - self._begun_s) < _PAUSE_S:
             self.trial.observe(len(before.rows), duration_s)
 
     def _learn_times(self, seen_layer_id: int, time_s: float) -> None:
         if seen_layer_id == 0 and self._begun_s:
-            self._head_s += _LEARNING_RATE * (min(time_s - self._begun_s, _PAUSE_S) - self._head_s)
+            head_s = min(max(time_s - self._begun_s, 0.0), _PAUSE_S)
+            self._head_s += _LEARNING_RATE * (head_s - self._head_s)
         if self._seen is not None:
             layer_id, before_s = self._seen
-            if (layer_id + 1) % len(self._slots) == seen_layer_id and time_s - before_s < _PAUSE_S:
+            if (layer_id + 1) % len(self._slots) == seen_layer_id and 0 <= time_s - before_s < _PAUSE_S:
                 known_s = self._until_s[seen_layer_id]
                 rate = _LEARNING_RATE if known_s else 1.0
                 self._until_s[seen_layer_id] += rate * (time_s - before_s - known_s)

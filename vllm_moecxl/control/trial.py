@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from statistics import median
 
 #: Steps of one turn. Two turns of each are compared: what drifts hits both.
@@ -16,6 +17,8 @@ PAUSE_STEP_COUNT = 1024
 PAUSE_STEP_COUNT_MAX = 16384
 #: It has to save this share of a step's time.
 SAVED_SHARE_MIN = 0.01
+#: Steps that have to have others of their width to be held against, or the trial says nothing.
+COMPARED_STEP_COUNT_MIN = 16
 #: Steps of a turn that are not counted: what the turn before left behind.
 _SETTLE_STEP_COUNT = 4
 
@@ -23,7 +26,7 @@ _SETTLE_STEP_COUNT = 4
 class Trial:
     """Says for each step whether to use it, and learns from how long the step took.
 
-    Only steps that are alike can be compared: a step of another width begins the trial under way anew.
+    Only steps of the same width are alike, and are compared.
     """
 
     def __init__(self) -> None:
@@ -34,11 +37,16 @@ class Trial:
         self._verdict = True
         self._left_step_count = WARMUP_STEP_COUNT
         self._pause_step_count = PAUSE_STEP_COUNT
-        self._width = 0
         #: Of the trial under way; the place in `_TURNS`, None between trials.
         self._turn: int | None = None
-        self._turn_s: list[float] = []
-        self._durations_s: dict[bool, list[float]] = {}
+        self._turn_step_count = 0
+        #: With and without, by width.
+        self._durations_s: dict[bool, dict[int, list[float]]] = {}
+
+    def pin(self) -> None:
+        """Use it from now on, however it does."""
+        self.is_on = self._verdict = True
+        self._turn, self._left_step_count = None, sys.maxsize
 
     def observe(self, width: int, duration_s: float) -> None:
         """A step is over.
@@ -47,21 +55,17 @@ class Trial:
             width: its tokens.
             duration_s: from its beginning to that of the next one.
         """
-        if width != self._width:
-            self._width = width
-            if self._turn is not None:
-                self._start()
-            return
         if self._turn is None:
             self._left_step_count -= 1
             if self._left_step_count <= 0:
                 self._start()
             return
-        self._turn_s.append(duration_s)
-        if len(self._turn_s) < TURN_STEP_COUNT:
+        self._turn_step_count += 1
+        if self._turn_step_count > _SETTLE_STEP_COUNT:
+            self._durations_s[self.is_on].setdefault(width, []).append(duration_s)
+        if self._turn_step_count < TURN_STEP_COUNT:
             return
-        self._durations_s[self.is_on] += self._turn_s[_SETTLE_STEP_COUNT:]
-        self._turn_s = []
+        self._turn_step_count = 0
         self._turn += 1
         if self._turn < len(_TURNS):
             self.is_on = _TURNS[self._turn]
@@ -69,16 +73,30 @@ class Trial:
             self._end()
 
     def _start(self) -> None:
-        self._turn, self._turn_s = 0, []
-        self._durations_s = {True: [], False: []}
+        self._turn = self._turn_step_count = 0
+        self._durations_s = {True: {}, False: {}}
         self.is_on = _TURNS[0]
 
     def _end(self) -> None:
-        with_s, without_s = median(self._durations_s[True]), median(self._durations_s[False])
-        self.saved_share = 1 - with_s / without_s if without_s else 0.0
-        self._verdict = self.is_on = self.saved_share >= SAVED_SHARE_MIN
-        self._pause_step_count = (
-            PAUSE_STEP_COUNT if self._verdict else min(2 * self._pause_step_count, PAUSE_STEP_COUNT_MAX)
-        )
-        self._left_step_count = self._pause_step_count
         self._turn = None
+        saved_share = self._compare()
+        if saved_share is not None:
+            self.saved_share = saved_share
+            self._verdict = saved_share >= SAVED_SHARE_MIN
+            self._pause_step_count = (
+                PAUSE_STEP_COUNT if self._verdict else min(2 * self._pause_step_count, PAUSE_STEP_COUNT_MAX)
+            )
+        self.is_on = self._verdict
+        self._left_step_count = self._pause_step_count
+
+    def _compare(self) -> float | None:
+        """The share of a step's time that it saves; None where too few steps were alike."""
+        with_s, without_s, compared_count = 0.0, 0.0, 0
+        for width, durations_s in self._durations_s[True].items():
+            others_s = self._durations_s[False].get(width, ())
+            count = min(len(durations_s), len(others_s))
+            if count:
+                with_s += count * median(durations_s)
+                without_s += count * median(others_s)
+                compared_count += count
+        return 1 - with_s / without_s if compared_count >= COMPARED_STEP_COUNT_MIN and without_s else None

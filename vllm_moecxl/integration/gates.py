@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from vllm.model_executor.layers.fused_moe import GateLinear
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm
 
 from vllm_moecxl.runtime.lookahead import Gate
 
@@ -42,5 +43,7 @@ def _find_gate(modules: dict[str, Any], layer_name: str) -> Gate | None:
     scale = getattr(norm, "weight", None)
     if not isinstance(scale, torch.Tensor) or scale.shape != weight.shape[1:]:
         scale = None
+    elif isinstance(norm, GemmaRMSNorm):  # scales by one more than its weight
+        scale = scale.float() + 1
     bias = getattr(gate, "bias", None)
     return Gate(weight.detach(), None if bias is None else bias.detach(), None if scale is None else scale.detach())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,22 @@ def _require_files(config: OffloadConfig, rank_count: int) -> None:
             f"--moe-offload-config: placement_trace={config.placement_trace!r} is no file: name a routing trace "
             "(.npz), or drop the option"
         )
+    if config.trace is not None and (finding := _why_not_written(Path(config.trace))):
+        raise ConfigError(
+            f"--moe-offload-config: trace={config.trace!r} cannot be written: {finding}; name a file to record to in a "
+            "folder that is there, or drop the option"
+        )
+
+
+def _why_not_written(path: Path) -> str | None:
+    """What keeps a file from being put at this path, None if nothing does. It is written aside and then renamed."""
+    if not path.parent.is_dir():
+        return f"{str(path.parent)!r} is no folder"
+    if path.exists() and not path.is_file():
+        return "it is there and not a file"
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        return f"nobody may write in {str(path.parent)!r}"
+    return None
 
 
 def _require_supported_vllm() -> None:

@@ -197,7 +197,9 @@ def _before_step(worker: Any, scheduled: Any) -> None:
     if not mine.is_foreseeing:
         mine.foresee(find_gates(runner.model, mine.dispatches), runner.model_config.model)
     if (ring := mine.ring) is not None:
-        ring.describe = lambda: describe(runner, scheduled)
+        # The sidecar's thread holds the ring: an engine that it held too could never be dropped.
+        held_weakly = weakref.ref(runner)
+        ring.describe = lambda: describe(one, scheduled) if (one := held_weakly()) is not None else None
         if (begun := describe_early(runner, scheduled)) is not None:
             ring.begin(begun)
 

@@ -42,8 +42,9 @@ class GateLookahead:
     def __init__(self, gates: Sequence[Gate | None], reach: int) -> None:
         self._gates = gates
         self._reach = reach
-        #: By layer, what `on_host` multiplies with: made at first use, [hidden, distances x experts] float32.
-        self._host: dict[int, npt.NDArray[np.float32] | None] = {}
+        #: By layer, what `on_host` multiplies with and adds: made at first use, [hidden, distances x experts] and
+        #: [distances x experts] float32.
+        self._host: dict[int, tuple[Scores, Scores]] = {}
 
     def on_host(self, layer_id: int, hidden: npt.NDArray[np.float32]) -> Scores | None:
         """Scores of the next layers' experts from a copy of a layer's input, for a thread beside the forward.
@@ -53,19 +54,22 @@ class GateLookahead:
             hidden: [tokens, hidden] float32.
 
         Returns:
-            [distances, tokens, experts] float32; None where a gate is not known, or after the last layer.
+            [distances, tokens, experts] float32; None where a gate is not known or not made for such inputs, or after
+            the last layer.
         """
-        if layer_id not in self._host:
-            self._host[layer_id] = self._stack(layer_id)
-        stacked = self._host[layer_id]
-        if stacked is None:
+        following = self._following(layer_id, hidden.shape[1])
+        if not following:
             return None
-        distance_count = len(self._following(layer_id))
-        return np.moveaxis((hidden @ stacked).reshape(len(hidden), distance_count, -1), 1, 0)
+        if layer_id not in self._host:
+            self._host[layer_id] = self._stack(layer_id, following)
+        weight, bias = self._host[layer_id]
+        scores: Scores = hidden @ weight
+        scores += bias
+        return np.moveaxis(scores.reshape(len(hidden), len(following), -1), 1, 0)
 
     def on_device(self, layer_id: int, x: torch.Tensor) -> Scores | None:
         """The same from the layer's input itself, [tokens, hidden] on the device. Waits for the device."""
-        following = self._following(layer_id)
+        following = self._following(layer_id, x.shape[1])
         if not following:
             return None
         rows = []
@@ -76,23 +80,26 @@ class GateLookahead:
         scores: Scores = torch.stack(rows).cpu().numpy()
         return scores
 
-    def _following(self, layer_id: int) -> list[Gate]:
+    def _following(self, layer_id: int, hidden_size: int) -> list[Gate]:
         gates = self._gates[layer_id + 1 : layer_id + 1 + self._reach]
         known = [gate for gate in gates if gate is not None]
-        # One unknown gate among them would shift the distances of those behind it.
-        return known if len(known) == len(gates) and len({gate.weight.shape for gate in known}) <= 1 else []
+        # One unknown gate among them would shift the distances of those behind it. Experts may see less than their gate
+        # does, where the model projects their input.
+        are_alike = len({gate.weight.shape for gate in known}) == 1 and known[0].weight.shape[1] == hidden_size
+        return known if len(known) == len(gates) and are_alike else []
 
     def _scale(self, layer_id: int, gate: Gate) -> torch.Tensor | None:
         here = self._gates[layer_id]
-        if here is None or here.norm is None or gate.norm is None:
+        if here is None or here.norm is None or gate.norm is None or here.norm.shape != gate.norm.shape:
             return None
         # A channel that is scaled to nothing here says nothing about the next layer.
         return torch.where(here.norm == 0, 0, gate.norm.float() / here.norm.float())
 
-    def _stack(self, layer_id: int) -> npt.NDArray[np.float32] | None:
-        columns = []
-        for gate in self._following(layer_id):
-            weight = gate.weight.detach().float()
+    def _stack(self, layer_id: int, following: Sequence[Gate]) -> tuple[Scores, Scores]:
+        columns, biases = [], []
+        for gate in following:
+            weight = gate.weight.float()
             scale = self._scale(layer_id, gate)
             columns.append((weight if scale is None else weight * scale).T)
-        return torch.cat(columns, dim=1).contiguous().numpy() if columns else None
+            biases.append(torch.zeros(len(weight)) if gate.bias is None else gate.bias.float())
+        return torch.cat(columns, dim=1).contiguous().numpy(), torch.cat(biases).numpy()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from collections import deque
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
@@ -14,7 +17,7 @@ import torch
 from vllm_moecxl.control.prediction.base import Step
 from vllm_moecxl.runtime.lookahead import GateLookahead
 
-#: Entries that wait at most; what comes while a sidecar stalls for longer is lost.
+#: Entries that wait at most; what comes while a sidecar stalls for longer is lost, steps as a whole.
 _ENTRY_COUNT_MAX = 4096
 #: Inputs of layers are kept for forwards of up to so many tokens: wider ones are not predicted, they need nearly all
 #: experts.
@@ -43,7 +46,7 @@ class Sighting(NamedTuple):
         time_s: when.
         expert_ids: [tokens, k] uint32.
         weights: [tokens, k] float32; None where nobody wants them.
-        hidden: [tokens, hidden] float32, the layer's input; None for wide forwards, and where it is on a device.
+        hidden: [tokens, hidden] a copy of the layer's input; None for wide forwards, and where it is on a device.
         ahead: [distances, tokens, experts] float32, gates applied early on the device; None where that is still to be
             done from `hidden`, or cannot be done.
     """
@@ -52,7 +55,7 @@ class Sighting(NamedTuple):
     time_s: float
     expert_ids: npt.NDArray[np.uint32]
     weights: npt.NDArray[np.float32] | None
-    hidden: npt.NDArray[np.float32] | None
+    hidden: torch.Tensor | None
     ahead: npt.NDArray[np.float32] | None
 
 
@@ -89,9 +92,14 @@ class RoutingRing:
         self._keeps_weights = keeps_weights
         self._lookahead = lookahead
         self._clock = clock
-        self._entries: SimpleQueue[Begun | Sighting | Ended | None] = SimpleQueue()
-        #: Of the forward under way.
-        self._layer_id = -1
+        self._entries: deque[Begun | Sighting | Ended] = deque()
+        #: Wakes the reader, which may be left with some when it comes back by itself: it wakes in vain then.
+        self._calls: SimpleQueue[None] = SimpleQueue()
+        self._is_awaited = False
+        #: Whether a layer has been lost: then so is what follows of its step, which nobody could tell from the next.
+        self._is_losing = False
+        #: Of the forward under way: the latest one, -1 before the first one of a forward that was announced.
+        self._layer_id = sys.maxsize
 
     def begin(self, begun: Begun) -> None:
         """A forward is about to begin of which all is known before its first layer."""
@@ -114,8 +122,8 @@ class RoutingRing:
             return
         hidden = ahead = weights = None
         if self._keeps_inputs and len(routes) <= _TOKEN_COUNT_MAX:
-            if x.device.type == "cpu":
-                hidden = x.to(torch.float32, copy=True).numpy()
+            if x.is_cpu:
+                hidden = x.clone()
             elif self._lookahead is not None:
                 ahead = self._lookahead.on_device(layer_id, x)
         if self._keeps_weights:
@@ -127,16 +135,29 @@ class RoutingRing:
         self._put(Ended(tuple(request_ids)))
 
     def wake(self) -> None:
-        """Make the reader return from `take`."""
-        self._entries.put(None)
+        """Make the reader return from `wait`."""
+        self._calls.put(None)
 
-    def take(self, timeout_s: float = 0.0) -> Begun | Sighting | Ended | None:
-        """The next entry; None if there is none in this time, or `wake` was called."""
-        try:
-            return self._entries.get(timeout=timeout_s) if timeout_s else self._entries.get_nowait()
-        except Empty:
-            return None
+    def wait(self, timeout_s: float) -> None:
+        """Return once there is an entry, the time is over, or `wake` was called. One thread does."""
+        # Said before looking, as writers look after writing: one of the two sees the other.
+        self._is_awaited = True
+        if not self._entries:
+            with suppress(Empty):
+                self._calls.get(timeout=timeout_s)
+        self._is_awaited = False
+
+    def take(self) -> Begun | Sighting | Ended | None:
+        """The next entry, if there is one."""
+        return self._entries.popleft() if self._entries else None
 
     def _put(self, entry: Begun | Sighting | Ended) -> None:
-        if self._entries.qsize() < _ENTRY_COUNT_MAX or isinstance(entry, Ended):
-            self._entries.put(entry)
+        if not isinstance(entry, Ended):
+            self._is_losing = len(self._entries) >= _ENTRY_COUNT_MAX or (
+                self._is_losing and isinstance(entry, Sighting)
+            )
+            if self._is_losing:
+                return
+        self._entries.append(entry)
+        if self._is_awaited:
+            self._calls.put(None)

@@ -274,6 +274,11 @@ class OffloadRuntime:
         """Where forwards leave their routing, and somebody has to say what is in them; None if nobody wants to know."""
         return self._foresight.ring if self._foresight is not None else None
 
+    @property
+    def prefetching(self) -> Prefetching | None:
+        """Who prefetches into slots; None where nobody does, or nothing was forwarded yet."""
+        return self._foresight.prefetching if self._foresight is not None else None
+
     def foresee(self, gates: Sequence[Gate | None], model_name: str) -> None:
         """Begin to record and to predict, as far as the user asked for it; called once the model is complete.
 

@@ -243,6 +243,8 @@ class SlotCache:
                     hold = self.residency.lease(expert_ids[resident].astype(np.uint32))
                     assert hold is not None
                     holds.append(hold)
+                    if self.unused:  # what arrived since the forward looked them up
+                        self._use(expert_ids[resident].tolist())
                 # All slots are taken before any wait, so that no fill of this pass evicts another.
                 for expert_id in expert_ids[~resident].tolist():
                     filling = self._filling.get(expert_id)
