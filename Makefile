@@ -3,7 +3,7 @@ VENV ?= .venv
 export VENV
 BIN = $(VENV)/bin
 
-.PHONY: env demo test first-half second-half lint unit races cxl-vm engine equality other-engine server clean
+.PHONY: env demo test first-half second-half lint unit pure modelled races cxl-vm engine equality other-engine server clean
 
 env:
 	@deploy/make_env.sh
@@ -27,9 +27,15 @@ lint: env
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-# The pure tiers: seconds, and first.
+# The pure tiers come first, side by side.
 unit: env
-	@$(BIN)/python -m pytest tests/unit tests/property
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target pure modelled
+
+pure: env
+	@$(BIN)/python -m pytest tests/unit
+
+modelled: env
+	@$(BIN)/python -m pytest tests/property tests/simulation
 
 # Schedules of the modelled accelerator; `make races SCHEDULES=1000000` for a long search.
 SCHEDULES ?= 100000

@@ -17,6 +17,9 @@ BENCHMARKS = {
     "interference": "benchmarks.interference",
     "slots": "benchmarks.slots",
     "validation": "benchmarks.validation",
+    "policies": "benchmarks.policies",
+    "prefetch": "benchmarks.prefetch",
+    "simulator_speed": "benchmarks.simulator_speed",
 }
 
 

@@ -40,6 +40,8 @@ _ENGINES = {
 }
 #: How far the simulated time of a token may be off.
 _TPOT_ERROR_MAX = 0.1
+_PATIENCE_S = 30.0
+_POLL_S = 0.1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -180,11 +182,23 @@ def _serve(
                 raise RuntimeError("validation: the engine does not give the tokens of resident vLLM")
         served.counters = offload_stats(llm)
         served.bank_keeps_pace = llm.apply_model(_keeps_pace)[0]
+        _await_recording(served.trace, len(prompts) * (_PROMPT_LENGTH + new_count - 1))
     finally:
         llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
     return served
+
+
+def _await_recording(path: Path, token_count: int) -> None:
+    """An engine writes its trace when it has had nothing to do for a while."""
+    from vllm_moecxl.control.trace import RoutingTrace
+
+    deadline_s = time.perf_counter() + _PATIENCE_S
+    while not path.exists() or RoutingTrace.load(path).token_count < token_count:
+        if time.perf_counter() > deadline_s:
+            raise RuntimeError(f"validation: the recording has not all of the {token_count} tokens")
+        time.sleep(_POLL_S)
 
 
 def _decode(llm: Any, prompt: Sequence[int], new_count: int) -> tuple[float, list[int]]:

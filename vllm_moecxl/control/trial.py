@@ -34,7 +34,8 @@ class Trial:
         self.is_on = True
         #: Share of a step's time that the latest trial found it to save; None before the first.
         self.saved_share: float | None = None
-        self._verdict = True
+        #: What the latest trial said; it counts between trials.
+        self.verdict = True
         self._left_step_count = WARMUP_STEP_COUNT
         self._pause_step_count = PAUSE_STEP_COUNT
         #: Of the trial under way; the place in `_TURNS`, None between trials.
@@ -45,7 +46,7 @@ class Trial:
 
     def pin(self) -> None:
         """Use it from now on, however it does."""
-        self.is_on = self._verdict = True
+        self.is_on = self.verdict = True
         self._turn, self._left_step_count = None, sys.maxsize
 
     def observe(self, width: int, duration_s: float) -> None:
@@ -82,11 +83,11 @@ class Trial:
         saved_share = self._compare()
         if saved_share is not None:
             self.saved_share = saved_share
-            self._verdict = saved_share >= SAVED_SHARE_MIN
+            self.verdict = saved_share >= SAVED_SHARE_MIN
             self._pause_step_count = (
-                PAUSE_STEP_COUNT if self._verdict else min(2 * self._pause_step_count, PAUSE_STEP_COUNT_MAX)
+                PAUSE_STEP_COUNT if self.verdict else min(2 * self._pause_step_count, PAUSE_STEP_COUNT_MAX)
             )
-        self.is_on = self._verdict
+        self.is_on = self.verdict
         self._left_step_count = self._pause_step_count
 
     def _compare(self) -> float | None:

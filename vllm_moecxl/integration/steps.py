@@ -37,7 +37,7 @@ def describe(runner: Any, scheduled: Any) -> Begun | None:
     counts = scheduled.num_scheduled_tokens
     batch = getattr(runner, "input_batch", None)
     request_ids = getattr(batch, "req_ids", None)
-    if not request_ids or len(request_ids) != len(counts):
+    if batch is None or not request_ids or len(request_ids) != len(counts):
         return _only_request(counts)
     request_count = len(request_ids)
     lengths = np.array([counts[request_id] for request_id in request_ids], dtype=np.int64)

@@ -50,6 +50,13 @@ class Metric(Enum):
         True,
         1.0,
     )
+    PREFETCH_UP = (
+        "prefetch_up",
+        "Whether experts are prefetched into slots: not where that was found to make forwards no faster.",
+        False,
+        1.0,
+        min,
+    )
     SIDECAR_UP = (
         "sidecar_up",
         "Whether the sidecar lives: without it, fetches happen on demand only.",
@@ -131,6 +138,7 @@ class Counters:
         self.link_busy_ns = {name: self._add(Metric.LINK_BUSY_SECONDS, bank=name) for name in bank_names}
         self.stall_ns = self._add(Metric.STALL_SECONDS)
         self.prefetch = {outcome: self._add(Metric.PREFETCH, outcome=outcome.value) for outcome in PrefetchOutcome}
+        self.prefetch_up = self._add(Metric.PREFETCH_UP)
         self.sidecar_up = self._add(Metric.SIDECAR_UP)
         self.sidecar_cpu_ns = self._add(Metric.SIDECAR_CPU_SECONDS)
         self.passes = {kind: self._add(Metric.PASSES, kind=kind.value) for kind in PassKind}

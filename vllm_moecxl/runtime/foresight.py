@@ -17,6 +17,7 @@ from vllm_moecxl.control.prediction.base import Observation, Target
 from vllm_moecxl.control.prefetching import Prefetching
 from vllm_moecxl.control.recorder import TraceRecorder
 from vllm_moecxl.control.trace import RoutingTrace
+from vllm_moecxl.control.trial import Trial
 from vllm_moecxl.errors import MoeOffloadError
 from vllm_moecxl.runtime.lookahead import GateLookahead
 from vllm_moecxl.runtime.ring import Begun, Ended, RoutingRing, Sighting
@@ -90,6 +91,7 @@ class Foresight:
         recording: None where nothing is to be recorded.
         prefetching: None where nothing is to be predicted.
         lookahead: gates to apply early to inputs that come without; None where there are none.
+        show_prefetch_up: gets whether prefetching is worth its time, when that has changed.
         clock: seconds, the ring's.
     """
 
@@ -100,6 +102,7 @@ class Foresight:
         recording: Recording | None,
         prefetching: Prefetching | None,
         lookahead: GateLookahead | None,
+        show_prefetch_up: Callable[[bool], None] = lambda is_up: None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.ring = ring
@@ -107,6 +110,8 @@ class Foresight:
         self._expert_count = expert_count
         self._recording = recording
         self._lookahead = lookahead
+        self._show_prefetch_up = show_prefetch_up
+        self._was_worth_it = True
         self._clock = clock
         self._lock = threading.Lock()
         #: Of the step under way; None where nobody could say what is in it.
@@ -170,7 +175,10 @@ class Foresight:
                 if recorder is not None and step is not None:
                     recorder.begin(step, positions)
                 self._is_predicted = prefetching is not None
-                targets = prefetching.begin(step, time_s) if prefetching is not None else ()
+                targets: Sequence[Target] = ()
+                if prefetching is not None:
+                    targets = prefetching.begin(step, time_s)
+                    self._tell(prefetching.trial)
                 self.ring.is_wanted = recorder is not None or (prefetching is not None and prefetching.is_on)
                 return targets
             case Sighting():
@@ -195,6 +203,17 @@ class Foresight:
                     if self.prefetching is not None:
                         self.prefetching.forecast.forget(request_id)
                 return ()
+
+    def _tell(self, trial: Trial) -> None:
+        """Show what a trial has found, if it is something new."""
+        if trial.verdict == self._was_worth_it or trial.saved_share is None:
+            return
+        self._was_worth_it = trial.verdict
+        self._show_prefetch_up(trial.verdict)
+        logger.info(
+            "MoE offload: prefetching is %s: it changes the time of a step by %+.1f %% here",
+            *("on again" if trial.verdict else "off for a while", -100 * trial.saved_share),
+        )
 
     def _observation(self, seen: Sighting, token_count: int) -> Observation:
         """Without the rows that an engine pads a step with, and with what the next gates make of it."""

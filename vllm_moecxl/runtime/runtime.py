@@ -297,7 +297,13 @@ class OffloadRuntime:
             lookahead=None if self._backend.is_host else lookahead,
         )
         expert_count = max(dispatch.home.expert_count for dispatch in self.dispatches.values())
-        foresight = Foresight(ring, expert_count, recording, prefetching, lookahead)
+        counters = self.counters  # not this object, which the sidecar's thread would keep alive
+
+        def show_prefetch_up(is_up: bool) -> None:
+            counters.values[counters.prefetch_up] = int(is_up)
+
+        show_prefetch_up(prefetching is not None)
+        foresight = Foresight(ring, expert_count, recording, prefetching, lookahead, show_prefetch_up)
         self._foresight = self._sidecar.foresight = foresight
         self._closing.append(foresight.close)
         for dispatch in self.dispatches.values():

@@ -245,8 +245,11 @@ class SlotCache:
                     holds.append(hold)
                     if self.unused:  # what arrived since the forward looked them up
                         self._use(expert_ids[resident].tolist())
+                missing = expert_ids[~resident].tolist()
+                # What is on its way comes first: none of it is given up for the others.
+                missing.sort(key=self._filling.__contains__, reverse=True)
                 # All slots are taken before any wait, so that no fill of this pass evicts another.
-                for expert_id in expert_ids[~resident].tolist():
+                for expert_id in missing:
                     filling = self._filling.get(expert_id)
                     if expert_id in self.unused:
                         self.unused.remove(expert_id)
