@@ -32,6 +32,8 @@ NEAREST = f"{ENSEMBLE} (next layer only)"
 WITH_ATTENTION = f"{ENSEMBLE} + attention"
 WITHOUT = f"{ENSEMBLE} - "
 PERFECT = "perfect"
+#: Tokens of a request, its prompt included, or one long text would be all that is looked at.
+_REQUEST_TOKENS_MAX = 256
 _SWEEP = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _SHARES = (0.25, 0.5)
 #: Goals: precision everywhere; precision and share of demand removed where a trace has gates applied early.
@@ -65,9 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--visits",
         type=int,
-        default=20_000,
+        default=18_500,
         metavar="N",
-        help="layer visits of each trace, by whole requests from all over it (default: %(default)s)",
+        help="layer visits of each trace, by requests from all over it (default: %(default)s)",
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="forecasts side by side")
 
@@ -157,8 +159,8 @@ def _cases(path: Path, visit_count: int) -> Iterator[Case]:
 
 @lru_cache(maxsize=1)
 def _load(path: Path, visit_count: int) -> RoutingTrace:
-    """Whole requests, evenly spread over a trace, of as many visits as are wanted."""
-    trace = replayable(RoutingTrace.load(path))
+    """Requests that are evenly spread over a trace, of as many visits as are wanted."""
+    trace = replayable(RoutingTrace.load(path)).cut(tokens_per_request=_REQUEST_TOKENS_MAX)
     decode_counts = np.diff(trace.req) - trace.prefill
     for request_count in range(1, trace.request_count):
         chosen = np.linspace(0, trace.request_count - 1, request_count).round().astype(int)

@@ -32,7 +32,7 @@ EVICTIONS = (
 )
 
 #: Names of the predictors; `control.prediction.PREDICTORS` has a factory for each.
-PREDICTORS = ("gate", "transitions", "temporal", "tokens", "learned", "history", "semantic", "attention")
+PREDICTORS = ("gate", "learned", "tokens", "temporal", "transitions", "attention", "history", "semantic")
 
 #: Kinds of banks.
 BANK_KINDS = ("numa", "dax", "dram", "file", "emulated")

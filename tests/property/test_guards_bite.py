@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import textwrap
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -13,21 +14,25 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import run_state_machine_as_test
 
-from tests.property import test_dispatch, test_layers, test_passes
+from tests.property import test_dispatch, test_layers, test_passes, test_prefetches
 from tests.property.residency_machine import ResidencyMachine
+from tests.unit import test_foresight, test_ring
 from vllm_moecxl.control import passes
 from vllm_moecxl.control.eviction import lru
 from vllm_moecxl.control.residency import Residency
 from vllm_moecxl.data.mover import Mover
 from vllm_moecxl.errors import TransferError
+from vllm_moecxl.runtime import foresight
 from vllm_moecxl.runtime.dispatch import Dispatch
+from vllm_moecxl.runtime.foresight import Foresight, Recording
 from vllm_moecxl.runtime.layer_buffer import LayerBuffer
+from vllm_moecxl.runtime.ring import RoutingRing
 from vllm_moecxl.runtime.slots import SlotCache
 from vllm_moecxl.types import PassKind
 
 #: The first failure is enough: no shrinking, nothing kept.
 _SEARCH = settings(max_examples=400, stateful_step_count=40, phases=[Phase.generate], report_multiple_bugs=False)
-_BITES = (AssertionError, IndexError, KeyError, ValueError, TransferError, pytest.fail.Exception)
+_BITES = (AssertionError, IndexError, KeyError, ValueError, RuntimeWarning, TransferError, pytest.fail.Exception)
 
 Owner = type | ModuleType
 
@@ -453,3 +458,113 @@ def test_a_story_of_layers_notices_an_engine_without(
     take_out(monkeypatch, owner, name, guard, instead)
     with pytest.raises(_BITES):
         check(*given_to_it)
+
+
+@pytest.mark.parametrize(
+    ("name", "guard", "instead"),
+    [
+        pytest.param("_begin", "self.unused.remove(expert_id)", "pass", id="what is late is not judged again"),
+        pytest.param("_count", "self.unused -= gone", "pass", id="nor what was for nothing"),
+        pytest.param("_count", " and one not in self._filling", "", id="what is on its way is not lost yet"),
+        pytest.param("_use", "self.unused -= used", "pass", id="nor what was useful"),
+        pytest.param("visit", "self._use(routes.ravel().tolist())", "pass", id="a hit finds what was fetched ahead"),
+        pytest.param("prefetch", "self.unused.add(expert_id)", "pass", id="what is fetched ahead is to be judged"),
+        pytest.param("prefetch", ", is_urgent=False", "", id="what is kept is not displaced"),
+        pytest.param("drop_prefetches", " and expert_id not in needed", "", id="what was needed is not dropped"),
+        pytest.param("drop_prefetches", "self._mover.give_up(filling.fetch)", "pass", id="what was not is"),
+        pytest.param("_settle", "elif filling.fetch.is_over:", "elif False:", id="and its slot is free"),
+    ],
+)
+def test_the_property_of_prefetches_notices_slots_without(
+    monkeypatch: pytest.MonkeyPatch, name: str, guard: str, instead: str
+) -> None:
+    take_out(monkeypatch, SlotCache, name, guard, instead)
+    with pytest.raises(_BITES):
+        search(test_prefetches.check_tale, test_prefetches.tales)
+
+
+@pytest.mark.parametrize(
+    ("check", "owner", "name", "guard", "instead"),
+    [
+        pytest.param(
+            *(test_prefetches.check_arrival_in_between, SlotCache, "_begin"),
+            *("self._use(expert_ids[resident].tolist())", "pass"),
+            id="what arrives after the look-up was useful",
+        ),
+        pytest.param(
+            *(test_prefetches.check_joined_prefetch, SlotCache, "drop_prefetches", "expert_id in self.unused and", ""),
+            id="what a forward waits for is not dropped",
+        ),
+        pytest.param(
+            *(test_prefetches.check_own_prefetch, SlotCache, "_begin"),
+            *("missing.sort(key=self._filling.__contains__, reverse=True)", "pass"),
+            id="a pass does not give up what it needs itself",
+        ),
+        pytest.param(
+            *(test_ring.check_losing, RoutingRing, "_put", " and isinstance(entry, Sighting)", ""),
+            id="after a loss the next step is whole",
+        ),
+        pytest.param(
+            *(test_foresight.check_stall, RoutingRing, "_put", "self._is_losing and isinstance(entry, Sighting)"),
+            *("False",),
+            id="a step that lost a layer is lost",
+        ),
+        pytest.param(
+            *(test_ring.check_wrapping, RoutingRing, "see", "if layer_id <= self._layer_id:", "if not layer_id:"),
+            id="a forward begins with whatever layer is first",
+        ),
+        pytest.param(*(test_ring.check_copies, RoutingRing, "see", "x.clone()", "x"), id="inputs are copied"),
+        pytest.param(
+            *(test_ring.check_copies, RoutingRing, "see", "routes.copy()", "routes"), id="and so are expert ids"
+        ),
+        pytest.param(
+            *(test_foresight.check_padding, Foresight, "_observation", "rows = slice(token_count)"),
+            *("rows = slice(None)",),
+            id="padding is no token",
+        ),
+        pytest.param(
+            *(test_foresight.check_numbers, foresight, "_finite", "np.isfinite(values).all()", "True"),
+            id="numbers that are none do no harm",
+        ),
+        pytest.param(
+            *(test_foresight.check_fewer_rows, Foresight, "_take", "len(entry.expert_ids) < self._token_count"),
+            *("False",),
+            id="rows that are missing are noticed",
+        ),
+        pytest.param(
+            *(test_foresight.check_unknown_expert, Foresight, "_take"),
+            *("entry.expert_ids.max() >= self._expert_count", "False"),
+            id="unknown experts are noticed",
+        ),
+        pytest.param(
+            *(test_foresight.check_empty_batch, Foresight, "_take", "not self._token_count"),
+            *("self._token_count is None",),
+            id="an empty batch has no largest expert",
+        ),
+        pytest.param(
+            *(test_foresight.check_draining_in_its_place, Foresight, "_take", " or not self._is_predicted", ""),
+            id="a step is predicted from its beginning or not at all",
+        ),
+        pytest.param(
+            *(test_foresight.check_full_disk, Recording, "_write", "if str(error) != self._reported:", "if True:"),
+            id="a full disk is reported once",
+        ),
+    ],
+)
+def test_a_tale_of_the_sidecar_notices_an_engine_without(
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    check: Callable[..., None],
+    owner: Owner,
+    name: str,
+    guard: str,
+    instead: str,
+) -> None:
+    fixtures = [one for one in inspect.signature(check).parameters if one in ("monkeypatch", "caplog")]
+    run = partial(check, *map(request.getfixturevalue, fixtures))
+    run()
+    take_out(monkeypatch, owner, name, guard, instead)
+    if "caplog" in fixtures:
+        request.getfixturevalue("caplog").clear()
+    with pytest.raises(_BITES):
+        run()

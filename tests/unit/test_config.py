@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
-from vllm_moecxl.config import EVICTIONS, BankSpec, OffloadConfig, SlotSpec
+from vllm_moecxl.config import EVICTIONS, PREDICTORS, BankSpec, OffloadConfig, SlotSpec
 from vllm_moecxl.control.eviction import POLICIES
+from vllm_moecxl.control.prediction import PREDICTORS as FACTORIES
 from vllm_moecxl.errors import ConfigError
 from vllm_moecxl.units import GIB, MIB
 
@@ -66,6 +67,9 @@ def test_slots_take_auto_a_share_a_count_or_bytes(raw: object, expected: SlotSpe
         *(("strict_placement", raw) for raw in (0, 1, "true", "yes", "auto", None, 1.0)),
         *(("in_place", raw) for raw in (True, False, "Auto", "yes", "", None, 1, ["auto"])),
         *(("sidecar", raw) for raw in (0, 1, "true", "auto", None, 1.0, [])),
+        *(("prefetch", raw) for raw in ("on", "Auto", "", True, False, None, 1, {}, [], (), [1], [None], ["gates"])),
+        *(("prefetch", raw) for raw in (["auto"], ["off"], ["gate", "off"], [["gate"]], {"gate": 1}, "gate,tokens")),
+        *(("trace", raw) for raw in ("", 1, True, False, ["a"], "a\0b")),
         *(("mode", raw) for raw in ("on", "CXL", True, False, None, 1)),
     ],
 )
@@ -114,6 +118,8 @@ def test_each_kind_of_bank_has_its_spec(raw: str, expected: BankSpec, name: str)
         ("strict_placement", [True, False], False),
         ("in_place", ["auto", "never", "always"], "auto"),
         ("sidecar", [True, False], True),
+        ("prefetch", ["auto", "off"], "auto"),
+        ("trace", [None, "traces/a.npz"], None),
     ],
 )
 def test_an_option_takes_its_values(option: str, values: list[object], default: object) -> None:
@@ -139,6 +145,31 @@ def test_a_key_that_is_no_text_is_unknown() -> None:
 def test_every_eviction_policy_that_exists_can_be_chosen() -> None:
     assert tuple(POLICIES) == EVICTIONS
     assert [parse(eviction=name).eviction for name in POLICIES] == list(POLICIES)
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ("gate", ("gate",)),
+        (["gate"], ("gate",)),
+        (("tokens", "gate"), ("tokens", "gate")),
+        (["gate", "tokens", "gate"], ("gate", "tokens")),
+    ],
+)
+def test_predictors_are_chosen_by_name_each_once_in_the_order_given(raw: object, expected: tuple[str, ...]) -> None:
+    assert parse(prefetch=raw).prefetch == expected
+
+
+def test_every_predictor_that_exists_can_be_chosen() -> None:
+    assert set(FACTORIES) == set(PREDICTORS)
+    assert [parse(prefetch=name).prefetch for name in FACTORIES] == [(name,) for name in FACTORIES]
+
+
+def test_predictors_that_nobody_would_ask_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"prefetch=\['gate'\] is not possible: the sidecar prefetches, and it is"):
+        parse(prefetch=["gate"], sidecar=False)
+    assert parse(prefetch="auto", sidecar=False).prefetch == "auto"
+    assert parse(prefetch="off", sidecar=False).prefetch == "off"
 
 
 @pytest.mark.parametrize("value", ["exact", "fast"])

@@ -94,8 +94,12 @@ def test_a_recording_has_what_the_router_chose(tmp_path: Path) -> None:
     assert trace.prefill.tolist() == [3] and trace.weights is not None and trace.lookahead is not None
 
 
-def test_rows_that_pad_a_step_are_nobodys(tmp_path: Path) -> None:
-    worker = Worker(tmp_path / "a.npz", predicts=True, gates=True)
+def test_rows_that_pad_a_step_are_nobodys() -> None:
+    check_padding()
+
+
+def check_padding() -> None:
+    worker = Worker(Path("nowhere.npz"), predicts=True, gates=True)
     routes = worker.routes(4)
     worker.begin([1, 2], ("a", "b"))
     for layer_id in range(LAYER_COUNT):
@@ -104,8 +108,12 @@ def test_rows_that_pad_a_step_are_nobodys(tmp_path: Path) -> None:
     assert np.array_equal(worker.recorded(), by_token(routes[:, :2]))
 
 
-def test_a_layer_that_saw_fewer_rows_than_the_step_has_tokens_is_not_believed(tmp_path: Path) -> None:
-    worker = Worker(tmp_path / "a.npz", predicts=True)
+def test_a_layer_that_saw_fewer_rows_than_the_step_has_tokens_is_not_believed() -> None:
+    check_fewer_rows()
+
+
+def check_fewer_rows() -> None:
+    worker = Worker(Path("nowhere.npz"), predicts=True)
     routes = worker.routes(2)
     worker.begin([1, 2], ("a", "b"))
     for layer_id in range(LAYER_COUNT):
@@ -115,8 +123,12 @@ def test_a_layer_that_saw_fewer_rows_than_the_step_has_tokens_is_not_believed(tm
 
 
 @pytest.mark.parametrize("expert_id", [EXPERT_COUNT, 2**32 - 1])
-def test_an_expert_that_the_layer_does_not_have_is_nothing_to_learn_from(tmp_path: Path, expert_id: int) -> None:
-    worker = Worker(tmp_path / "a.npz", predicts=True)
+def test_an_expert_that_the_layer_does_not_have_is_nothing_to_learn_from(expert_id: int) -> None:
+    check_unknown_expert(expert_id)
+
+
+def check_unknown_expert(expert_id: int = EXPERT_COUNT) -> None:
+    worker = Worker(Path("nowhere.npz"), predicts=True)
     worker.begin([1])
     worker.see(0, np.array([[expert_id, 0]], np.uint32))
     routes = worker.step([2])
@@ -124,8 +136,12 @@ def test_an_expert_that_the_layer_does_not_have_is_nothing_to_learn_from(tmp_pat
     assert np.array_equal(worker.recorded(), by_token(routes))
 
 
-def test_an_empty_batch_is_nothing(tmp_path: Path) -> None:
-    worker = Worker(tmp_path / "a.npz", predicts=True)
+def test_an_empty_batch_is_nothing() -> None:
+    check_empty_batch()
+
+
+def check_empty_batch() -> None:
+    worker = Worker(Path("nowhere.npz"), predicts=True)
     worker.begin([], ())
     worker.see(0, np.empty((0, TOPK), np.uint32))
     routes = worker.step([2])
@@ -133,8 +149,8 @@ def test_an_empty_batch_is_nothing(tmp_path: Path) -> None:
     assert np.array_equal(worker.recorded(), by_token(routes))
 
 
-def test_steps_that_nobody_can_describe_are_left_out(tmp_path: Path) -> None:
-    worker = Worker(tmp_path / "a.npz", predicts=True)
+def test_steps_that_nobody_can_describe_are_left_out() -> None:
+    worker = Worker(Path("nowhere.npz"), predicts=True)
     routes = worker.routes(1)
     for layer_id in range(LAYER_COUNT):
         worker.see(layer_id, routes[layer_id])
@@ -143,12 +159,14 @@ def test_steps_that_nobody_can_describe_are_left_out(tmp_path: Path) -> None:
     assert np.array_equal(worker.recorded(), by_token(known))
 
 
-def test_what_a_stalled_reader_has_lost_is_no_part_of_another_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_stalled_reader_has_lost_is_no_part_of_another_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_stall(monkeypatch)
+
+
+def check_stall(monkeypatch: pytest.MonkeyPatch) -> None:
     """It comes back at every place of a step in turn."""
     monkeypatch.setattr(ring_module, "_ENTRY_COUNT_MAX", 3 + LAYER_COUNT)
-    worker = Worker(tmp_path / "a.npz", predicts=True)
+    worker = Worker(Path("nowhere.npz"), predicts=True)
     true: list[list[list[int]]] = []
     for number, place in itertools.product(range(3), range(LAYER_COUNT + 1)):
         for is_read in (False, True):
@@ -164,12 +182,12 @@ def test_what_a_stalled_reader_has_lost_is_no_part_of_another_step(
     assert len(recorded) >= 8 and all(one in true for one in recorded)
 
 
-def test_numbers_that_are_none_are_not_learned_from(tmp_path: Path) -> None:
-    check_numbers(tmp_path)
+def test_numbers_that_are_none_are_not_learned_from() -> None:
+    check_numbers()
 
 
-def check_numbers(tmp_path: Path) -> None:
-    worker = Worker(tmp_path / "a.npz", predicts=True, gates=True)
+def check_numbers() -> None:
+    worker = Worker(Path("nowhere.npz"), predicts=True, gates=True)
     for number in range(40):
         routes = worker.routes(1)
         worker.begin([number])
@@ -231,8 +249,12 @@ def test_while_prefetching_is_off_the_forward_leaves_no_layers_and_a_recording_w
         assert worker.ring.is_wanted
 
 
-def test_a_forward_that_drains_in_the_sidecars_place_records_and_predicts_nothing(tmp_path: Path) -> None:
-    worker = Worker(tmp_path / "a.npz", predicts=True)
+def test_a_forward_that_drains_in_the_sidecars_place_records_and_predicts_nothing() -> None:
+    check_draining_in_its_place()
+
+
+def check_draining_in_its_place() -> None:
+    worker = Worker(Path("nowhere.npz"), predicts=True)
     told: list[object] = []
     prefetching = worker.rig.prefetching
     begin, observe = prefetching.begin, prefetching.observe
@@ -396,6 +418,10 @@ def test_nobody_waits_while_a_recording_is_written(monkeypatch: pytest.MonkeyPat
 def test_a_full_disk_is_reported_once_and_serving_and_recording_go_on(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    check_full_disk(monkeypatch, caplog)
+
+
+def check_full_disk(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     worker, disk = recording_worker(monkeypatch, error=MoeOffloadError("the disk is full"))
     for number in range(20):
         worker.step([number])

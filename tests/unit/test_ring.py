@@ -49,6 +49,10 @@ def kinds(ring: RoutingRing) -> list[object]:
 
 
 def test_a_forward_begins_where_the_order_of_layers_wraps() -> None:
+    check_wrapping()
+
+
+def check_wrapping() -> None:
     ring = make()
     for layer_id in (0, 1, 2, 0, 2, 2, 1):  # a model of one MoE layer has every forward in the same one
         see(ring, layer_id)
@@ -78,6 +82,10 @@ def test_who_knows_the_engine_is_asked_once_a_forward_and_may_know_nothing() -> 
 
 
 def test_what_is_in_it_is_a_copy() -> None:
+    check_copies()
+
+
+def check_copies() -> None:
     ring = make(keeps_weights=True)
     x = torch.rand(1, HIDDEN_SIZE)
     weights = torch.rand(1, TOPK)

@@ -6,6 +6,7 @@ import gc
 import logging
 import operator
 import os
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,9 @@ from tests.property.toy_moe import HIDDEN_SIZE, ToyMoe
 from tests.support.homes import PROFILE, dram, hands
 from vllm_moecxl.config import OffloadConfig
 from vllm_moecxl.control.account import LayerNeed
+from vllm_moecxl.control.prediction import DEFAULT_PREDICTORS
+from vllm_moecxl.control.prediction.base import Step
+from vllm_moecxl.control.trace import RoutingTrace
 from vllm_moecxl.data.banks.base import Bank, BankProfile
 from vllm_moecxl.data.banks.file import FileBank
 from vllm_moecxl.data.banks.memory import DramBank
@@ -28,6 +32,7 @@ from vllm_moecxl.errors import CapacityError, ConfigError, IntegrityError, Trans
 from vllm_moecxl.runtime.counters import Metric, by_label
 from vllm_moecxl.runtime.dispatch import Kernel
 from vllm_moecxl.runtime.packing import Packer
+from vllm_moecxl.runtime.ring import Begun
 from vllm_moecxl.runtime.runtime import LoadedLayer, OffloadRuntime
 from vllm_moecxl.types import PassKind
 
@@ -373,6 +378,123 @@ def test_in_place_is_refused_where_the_kernel_cannot_read_the_homes_and_auto_cop
     dispatch = runtime.install(layer())
     assert torch.equal(dispatch(*wide_batch()), toy.direct(*wide_batch()))
     assert "in_place" not in passes_taken(runtime)
+
+
+def decode(runtime: OffloadRuntime, toys: Sequence[ToyMoe], token_id: int, *, is_told: bool = True) -> None:
+    """A decode step of one request through all layers; the experts follow from the token."""
+    if is_told and runtime.ring is not None:
+        step = Step(("r",), np.zeros(1, np.int64), np.array([token_id]), np.array([False]))
+        runtime.ring.begin(Begun(step, None, time.perf_counter()))
+    for toy, dispatch in zip(toys, runtime.dispatches.values(), strict=True):
+        expert_count = len(toy.tensors["weight"])
+        ids = torch.tensor([[token_id % expert_count, (3 * token_id + 1) % expert_count]], dtype=torch.int32)
+        batch = torch.full((1, HIDDEN_SIZE), 0.5), torch.ones(1, TOPK), ids
+        assert torch.equal(dispatch(*batch), toy.direct(*batch))
+
+
+def complete(*expert_counts: int, **options: Any) -> tuple[OffloadRuntime, list[ToyMoe]]:
+    """A runtime with all of its layers."""
+    runtime = start(*expert_counts, **options)
+    toys = [ToyMoe(expert_count, seed) for seed, expert_count in enumerate(expert_counts)]
+    for index, toy in enumerate(toys):
+        runtime.install(loaded(toy, index))
+    return runtime, toys
+
+
+@pytest.mark.parametrize(
+    ("counts", "options", "reason"),
+    [
+        ((8, 8), {"prefetch": "off"}, 'prefetch is "off"'),
+        ((8, 8), {"sidecar": False}, "there is no sidecar"),
+        ((8, 8), {"in_place": "always"}, "all layers run in place"),
+        ((8, 6), {}, "the layers differ in their number of experts"),
+        ((8, 8), {"slots": "100%"}, "every expert has a slot"),
+    ],
+)
+def test_where_nothing_can_be_prefetched_the_log_says_why_and_forwards_leave_nothing_behind(
+    counts: tuple[int, ...], options: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    runtime, toys = complete(*counts, **options)
+    runtime.foresee([None] * len(counts), "toy")
+    assert runtime.is_foreseeing and runtime.prefetching is None and runtime.ring is None
+    assert caplog.text.count(f"nothing is prefetched into slots: {reason}") == 1
+    assert all(dispatch.ring is None for dispatch in runtime.dispatches.values())
+    runtime.watch()
+    decode(runtime, toys, 3)
+    runtime.forget(["r"])
+
+
+@pytest.mark.parametrize(
+    ("prefetch", "names"),
+    [("auto", DEFAULT_PREDICTORS), (["temporal", "tokens"], ("temporal", "tokens")), ("attention", ("attention",))],
+)
+def test_the_predictors_that_were_asked_for_are_asked(
+    prefetch: object, names: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    runtime, _ = complete(8, 8, prefetch=prefetch)
+    runtime.foresee([None, None], "toy")
+    assert runtime.prefetching is not None and tuple(runtime.prefetching.forecast.report()) == names
+    assert f"experts are prefetched by {', '.join(names)}" in caplog.text
+
+
+def test_a_model_of_which_nothing_is_foreseen_runs_and_is_looked_after() -> None:
+    """A draft model has a runtime of its own, beside the one whose steps are described."""
+    runtime, toys = complete(8, 8)
+    for token_id in range(3):
+        runtime.watch()
+        decode(runtime, toys, token_id)
+        runtime.forget(["r"])
+    assert not runtime.is_foreseeing and runtime.ring is None
+
+
+def test_outputs_are_the_same_while_the_sidecar_predicts_and_prefetches() -> None:
+    runtime, toys = complete(8, 8, 8)
+    runtime.foresee([None] * 3, "toy")
+    assert runtime.prefetching is not None
+    runtime.prefetching.trial.pin()
+    for number in range(300):
+        runtime.watch()
+        # Now and then nobody can say what is in a step, and requests come and go.
+        decode(runtime, toys, number % 7, is_told=number % 50 != 30)
+        if number % 40 == 39:
+            runtime.forget(["r"])
+    assert runtime._sidecar.is_up and runtime._sidecar.failure is None
+    assert {1, 2} & runtime.prefetching.planner._records.keys(), "something was predicted"
+
+
+@pytest.mark.parametrize("sidecar", [True, False])
+def test_a_trace_is_recorded_whether_there_is_a_sidecar_or_not(tmp_path: Path, *, sidecar: bool) -> None:
+    runtime, toys = complete(8, 8, sidecar=sidecar, prefetch="off", trace=str(tmp_path / "a.npz"))
+    runtime.foresee([None, None], "a model")
+    for token_id in range(12):
+        runtime.watch()
+        decode(runtime, toys, token_id)
+    del runtime
+    gc.collect()
+    trace = RoutingTrace.load(tmp_path / "a.npz")
+    assert trace.token_ids.tolist() == list(range(12)) and trace.meta["model"] == "a model"
+    expected = [[[t % 8, (3 * t + 1) % 8]] * 2 for t in range(12)]
+    assert trace.topk.tolist() == expected and trace.weights is not None
+
+
+def test_of_several_ranks_and_models_one_records(tmp_path: Path) -> None:
+    config = OffloadConfig.parse({"mode": "cxl", "slots": "50%", "prefetch": "off", "trace": str(tmp_path / "a.npz")})
+    runtime = OffloadRuntime(
+        *(config, SmallBackend(1 << 40), torch.device("cpu"), logging.getLogger("moecxl-test"), [dram()]),
+        may_record=False,
+    )
+    runtime.declare(LayerNeed("layers.0", EXPERT_COUNT, TOPK, SLAB_BYTES))
+    runtime.plan(kv_cache_bytes=None, device_reserve_bytes=0)
+    toy = ToyMoe(EXPERT_COUNT, 1)
+    runtime.install(loaded(toy))
+    runtime.foresee([None], "toy")
+    decode(runtime, [toy], 1)
+    assert runtime.ring is None
+    del runtime
+    gc.collect()
+    assert not (tmp_path / "a.npz").exists()
 
 
 def test_threads_end_with_the_runtime() -> None:

@@ -30,8 +30,8 @@ from vllm_moecxl.integration.buffered import catching_direct_writes
 from vllm_moecxl.integration.device_budget import reserve_bytes
 from vllm_moecxl.integration.experts import ModelUnderConstruction, SlotExperts, building, register_layers
 from vllm_moecxl.integration.fingerprint import fingerprint
-from vllm_moecxl.integration.gates import find_gates
 from vllm_moecxl.integration.metrics import counters_path
+from vllm_moecxl.integration.model_parts import find_embedding, find_gates
 from vllm_moecxl.integration.packed import passes_over, passing_over_experts
 from vllm_moecxl.integration.settings import active_config
 from vllm_moecxl.integration.steps import describe, describe_early
@@ -195,7 +195,8 @@ def _before_step(worker: Any, scheduled: Any) -> None:
     if not isinstance(mine, OffloadRuntime) or not scheduled.total_num_scheduled_tokens:
         return
     if not mine.is_foreseeing:
-        mine.foresee(find_gates(runner.model, mine.dispatches), runner.model_config.model)
+        gates = find_gates(runner.model, mine.dispatches)
+        mine.foresee(gates, runner.model_config.model, find_embedding(runner.model))
     if (ring := mine.ring) is not None:
         # The sidecar's thread holds the ring: an engine that it held too could never be dropped.
         held_weakly = weakref.ref(runner)

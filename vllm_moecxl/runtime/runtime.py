@@ -20,6 +20,7 @@ from vllm_moecxl.control.layer_order import LayerOrder
 from vllm_moecxl.control.placement import Placement
 from vllm_moecxl.control.prediction import DEFAULT_PREDICTORS, PREDICTORS
 from vllm_moecxl.control.prediction.forecast import Forecast
+from vllm_moecxl.control.prediction.semantic import Embed, Semantic
 from vllm_moecxl.control.prefetch import PrefetchPlanner
 from vllm_moecxl.control.prefetching import Prefetching
 from vllm_moecxl.control.recorder import TraceRecorder
@@ -279,15 +280,16 @@ class OffloadRuntime:
         """Who prefetches into slots; None where nobody does, or nothing was forwarded yet."""
         return self._foresight.prefetching if self._foresight is not None else None
 
-    def foresee(self, gates: Sequence[Gate | None], model_name: str) -> None:
+    def foresee(self, gates: Sequence[Gate | None], model_name: str, embed: Embed | None = None) -> None:
         """Begin to record and to predict, as far as the user asked for it; called once the model is complete.
 
         Args:
             gates: routers of the layers, in order.
             model_name: for the recording.
+            embed: the model's token embeddings; None where they are not at hand.
         """
         self.is_foreseeing = True
-        recording, prefetching = self._recording(model_name), self._prefetching()
+        recording, prefetching = self._recording(model_name), self._prefetching(embed)
         if recording is None and prefetching is None:
             return
         lookahead = GateLookahead(gates, _REACH)
@@ -337,7 +339,7 @@ class OffloadRuntime:
         )
         return Recording(recorder, Path(self.config.trace))
 
-    def _prefetching(self) -> Prefetching | None:
+    def _prefetching(self, embed: Embed | None) -> Prefetching | None:
         """Who prefetches; None, and a line in the log, where nobody does."""
         in_order = [self.dispatches[name] for name in self._needs]
         counts = {dispatch.home.expert_count for dispatch in in_order}
@@ -357,7 +359,10 @@ class OffloadRuntime:
             return None
         names = DEFAULT_PREDICTORS if self.config.prefetch == "auto" else self.config.prefetch
         expert_count, topk = counts.pop(), max(need.topk for need in self._needs.values())
-        predictors = {name: PREDICTORS[name](self.layer_count, expert_count, topk) for name in names}
+        factories = dict(PREDICTORS)
+        if embed is not None:
+            factories["semantic"] = partial(Semantic, embed=embed)
+        predictors = {name: factories[name](self.layer_count, expert_count, topk) for name in names}
         forecast = Forecast(self.layer_count, expert_count, topk, predictors, reach=_REACH)
         for dispatch, scores in zip(in_order, forecast.scores, strict=True):
             if isinstance(policy := dispatch.slots.residency.policy, NextUse):

@@ -221,7 +221,8 @@ class SlotCache:
             return
         with self._lock:
             for expert_id, filling in self._filling.items():
-                if expert_id in self.unused and expert_id not in needed and not filling.is_awaited:
+                # What a forward waits for by now has left them.
+                if expert_id in self.unused and expert_id not in needed:
                     self._mover.give_up(filling.fetch)
             self._settle()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from vllm_moecxl import config
 from vllm_moecxl.control.prediction.attention import Attention
 from vllm_moecxl.control.prediction.base import Predictor
 from vllm_moecxl.control.prediction.gate import Gate
@@ -25,5 +26,6 @@ PREDICTORS: dict[str, Callable[[int, int, int], Predictor]] = {
     "history": History,
     "semantic": Semantic,
 }
+assert tuple(PREDICTORS) == config.PREDICTORS
 #: Those that win on the published traces and cost little.
 DEFAULT_PREDICTORS = ("gate", "learned", "tokens", "temporal")
