@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--visits",
         type=int,
-        default=18_500,
+        default=9_000,
         metavar="N",
         help="layer visits of each trace, by requests from all over it (default: %(default)s)",
     )

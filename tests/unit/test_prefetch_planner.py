@@ -8,7 +8,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from vllm_moecxl.control.prefetch import PROBABILITY_MIN, LayerView, Order, PrefetchPlanner, Timing
+from vllm_moecxl.control.prefetch import (
+    PROBABILITY_MAX,
+    PROBABILITY_MIN,
+    LayerView,
+    Order,
+    PrefetchPlanner,
+    Timing,
+)
 
 EXPERT_COUNT = 8
 #: The layer is far away, and the link idle.
@@ -175,3 +182,23 @@ def test_layers_are_judged_apart() -> None:
 
 def test_whoever_is_asked_for_surer_picks_picks_less() -> None:
     assert proven(probability_min=0.9).plan(0, 1, scores(_3=0.8), view(), IDLE) is None
+
+
+def test_the_threshold_settles_where_most_picks_are_needed_and_never_leaves_its_limits() -> None:
+    planner = PrefetchPlanner(1)
+    rng = np.random.default_rng(5)
+    everybody = LayerView(np.zeros(64, np.bool_), np.zeros(64, np.bool_), 64, 64)
+    picked, needed_count = 0, 0
+    for step in range(3000):
+        scores = rng.uniform(0.3, 1.0, 64).astype(np.float32)
+        needed = rng.random(64) < scores - 0.15  # less likely than they say
+        planner.plan(0, 1, scores, everybody, Timing(1.0, 1e-3, 0.0))
+        threshold = planner._record(1).threshold
+        assert PROBABILITY_MIN <= threshold <= PROBABILITY_MAX
+        if step > 1000:
+            picks = scores >= threshold
+            picked, needed_count = picked + int(picks.sum()), needed_count + int((picks & needed).sum())
+        planner.judge(0, needed)
+    # Where only the surest are picked, 0.9 on, four in five are needed: no threshold within the limits gets more.
+    assert needed_count / picked == pytest.approx(0.8, abs=0.02)
+    assert planner._record(1).threshold == pytest.approx(PROBABILITY_MAX, abs=0.02)

@@ -22,6 +22,8 @@ def play(trial: Trial, step_count: int, duration_s: Steps, widths: Iterator[int]
     for _ in range(step_count):
         width = next(widths)
         used.append(trial.is_on)
+        if trial.is_on:
+            trial.use()
         trial.observe(width, duration_s(width, trial.is_on))
     return used
 
@@ -115,6 +117,13 @@ def test_a_drift_that_hits_both_alike_is_no_gain() -> None:
     times = iter(np.linspace(1.0, 3.0, WARMUP_STEP_COUNT + TRIAL_STEP_COUNT).tolist())
     play(trial, WARMUP_STEP_COUNT + TRIAL_STEP_COUNT, lambda width, is_on: next(times), repeat(1))
     assert trial.saved_share == pytest.approx(0.0, abs=0.01)
+
+
+def test_what_does_nothing_is_not_on_by_chance() -> None:
+    trial = Trial()
+    for _ in range(WARMUP_STEP_COUNT + TRIAL_STEP_COUNT):
+        trial.observe(1, saving(0.3)(1, trial.is_on))
+    assert not trial.is_on and trial.saved_share == 0.0
 
 
 def test_steps_that_take_no_time_say_nothing() -> None:

@@ -18,9 +18,17 @@ import numpy.typing as npt
 Mask = npt.NDArray[np.bool_]
 Scores = npt.NDArray[np.float32]
 
-#: Experts that are less sure than this are not worth their bytes, however idle the link is.
-#: Source: `python -m benchmarks prefetch`, 2026-11-22: precision against share of demand removed.
+#: Experts that are less sure than this are not worth their bytes, however idle the link is; and how sure is sure
+#: enough, whatever has gone wrong.
 PROBABILITY_MIN = 0.4
+PROBABILITY_MAX = 0.9
+#: Between them, the threshold is moved until this share of the picks is needed by the very next visit.
+#: Source: `python -m benchmarks prefetch`, 2026-11-22: the least that leaves no shared trace below 85 % precision.
+PRECISION_AIM = 0.85
+#: Of a pick, in probability.
+_THRESHOLD_STEP = 0.005
+#: What is ordered after the next layer has to be able to arrive in this share of the time that is left then, to wait.
+_WAIT_SHARE = 0.5
 #: A prefetch has to promise this much more than what it displaces, or near equals would chase each other.
 _MARGIN = 0.05
 #: It has to arrive this much of its own time before it would if it were asked for in time.
@@ -85,15 +93,21 @@ class _Record:
 
     Attributes:
         precision: share of them that the visit needed.
+        threshold: probability from which on there are picks.
         is_on: whether they are ordered.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, probability_min: float) -> None:
         self.precision = 0.0
+        self.threshold = probability_min
+        self._probability_min = probability_min
         self.judged_count = 0
         self.is_on = False
 
     def judge(self, right_count: int, wrong_count: int) -> None:
+        # In balance where the share of right ones is what is aimed at.
+        moved = _THRESHOLD_STEP * (PRECISION_AIM * wrong_count - (1 - PRECISION_AIM) * right_count)
+        self.threshold = min(max(self.threshold + moved, self._probability_min), PROBABILITY_MAX)
         for count, value in ((right_count, 1.0), (wrong_count, 0.0)):
             for _ in range(count):
                 self.judged_count += 1
@@ -141,7 +155,7 @@ class PrefetchPlanner:
         Returns:
             None where nothing is worth its cost, or where picks of this distance have been losing.
         """
-        is_candidate = (scores >= self._probability_min) & ~(view.resident | view.pending)
+        is_candidate = (scores >= self._record(distance).threshold) & ~(view.resident | view.pending)
         absent = np.flatnonzero(is_candidate)
         # Judged whether they are ordered or not: that is how picks that have been losing come back.
         self._picks[layer_id][distance] = absent
@@ -154,6 +168,8 @@ class PrefetchPlanner:
         chosen: list[int] = []
         for expert_id in absent.tolist():
             arrival_s = timing.queue_s + (len(chosen) + 1) * timing.fetch_s
+            if distance > 1 and arrival_s <= _WAIT_SHARE * timing.lead_s * (distance - 1) / distance:
+                break  # there is time until more is known
             saved_s = timing.fetch_s - max(arrival_s - timing.lead_s, 0.0)
             if saved_s < _SAVED_SHARE_MIN * timing.fetch_s:
                 break  # mostly waited for, whether it is begun now or then; those that follow even more so
@@ -181,6 +197,8 @@ class PrefetchPlanner:
         for distance, expert_ids in picks.items():
             if expert_ids.size:
                 right_count = int(np.count_nonzero(needed[expert_ids]))
-                record = self._records.setdefault(distance, _Record())
-                record.judge(right_count, expert_ids.size - right_count)
+                self._record(distance).judge(right_count, expert_ids.size - right_count)
         picks.clear()
+
+    def _record(self, distance: int) -> _Record:
+        return self._records.setdefault(distance, _Record(self._probability_min))

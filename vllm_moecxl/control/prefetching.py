@@ -55,6 +55,7 @@ class Prefetching:
         order: gives fetches their deadlines.
         queue_s: (layer) -> seconds until its links have done what is queued.
         fetch_s: by layer, seconds that a slab takes.
+        forget_wanter: told of each request that has ended, after the last fetch that was begun for it.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Prefetching:
         order: LayerOrder,
         queue_s: Callable[[int], float],
         fetch_s: Sequence[float],
+        forget_wanter: Callable[[str], object] = lambda request_id: None,
     ) -> None:
         self.forecast = forecast
         self.planner = planner
@@ -72,6 +74,7 @@ class Prefetching:
         self._order = order
         self._queue_s = queue_s
         self._fetch_s = fetch_s
+        self._forget_wanter = forget_wanter
         self.trial = Trial()
         self._step: Step | None = None
         self._step_before: Step | None = None
@@ -114,8 +117,20 @@ class Prefetching:
             timing = Timing(self._lead_s(target, now_s), self._fetch_s[target.layer_id], self._queue_s(target.layer_id))
             order = self.planner.plan(target.layer_id, target.distance, scores, slots.view(), timing)
             if order is not None:
+                self.trial.use()
                 wanters = request_ids if len(request_ids) <= _WANTER_COUNT_MAX else ()
                 slots.prefetch(order.expert_ids, self._order.next_position(target.layer_id), wanters, order.keep)
+
+    def forget(self, request_id: str) -> None:
+        """A request has ended."""
+        self.forecast.forget(request_id)
+        self._forget_wanter(request_id)
+
+    def rest(self) -> None:
+        """Nothing is going on: what is on its way is for nobody any more."""
+        for slots in self._slots:
+            if slots is not None:
+                slots.drop_prefetches(())
 
     @property
     def is_on(self) -> bool:

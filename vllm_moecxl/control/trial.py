@@ -41,6 +41,7 @@ class Trial:
         #: Of the trial under way; the place in `_TURNS`, None between trials.
         self._turn: int | None = None
         self._turn_step_count = 0
+        self._is_used = False
         #: With and without, by width.
         self._durations_s: dict[bool, dict[int, list[float]]] = {}
 
@@ -73,7 +74,12 @@ class Trial:
         else:
             self._end()
 
+    def use(self) -> None:
+        """It does something in this step: where it never does, steps that differ do so by chance."""
+        self._is_used = True
+
     def _start(self) -> None:
+        self._is_used = False
         self._turn = self._turn_step_count = 0
         self._durations_s = {True: {}, False: {}}
         self.is_on = _TURNS[0]
@@ -92,6 +98,8 @@ class Trial:
 
     def _compare(self) -> float | None:
         """The share of a step's time that it saves; None where too few steps were alike."""
+        if not self._is_used:
+            return 0.0
         with_s, without_s, compared_count = 0.0, 0.0, 0
         for width, durations_s in self._durations_s[True].items():
             others_s = self._durations_s[False].get(width, ())

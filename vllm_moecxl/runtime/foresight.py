@@ -121,6 +121,8 @@ class Foresight:
         #: Whether taking something in has failed: from then on nothing is.
         self._has_failed = False
         self._latest_s = clock()
+        #: Whether nothing has been seen for so long that what was on its way has been settled.
+        self._is_resting = True
 
     def wait(self, period_s: float) -> None:
         """Return once something was seen, or the time is over."""
@@ -138,8 +140,8 @@ class Foresight:
             targets = self._take_all(predicts)
             if targets and self.prefetching is not None:
                 self.prefetching.fetch(targets, self._clock())
-            if self._recording is not None and self._clock() - self._latest_s > _QUIET_S:
-                self._recording.save_beside()
+            if self._clock() - self._latest_s > _QUIET_S:
+                self._rest()
         except BaseException:
             # The sidecar ends with this, and shows it. A forward that drains in its place must not.
             self._has_failed = True
@@ -147,6 +149,13 @@ class Foresight:
             raise
         finally:
             self._lock.release()
+
+    def _rest(self) -> None:
+        if self._recording is not None:
+            self._recording.save_beside()
+        if self.prefetching is not None and not self._is_resting:
+            self._is_resting = True
+            self.prefetching.rest()
 
     def close(self) -> None:
         """Write what is left of the recording. Nothing is fetched any more."""
@@ -162,6 +171,7 @@ class Foresight:
         targets: Sequence[Target] = ()
         while (entry := self.ring.take()) is not None:
             self._latest_s = self._clock()
+            self._is_resting = False
             if not self._has_failed:
                 targets = self._take(entry, predicts)
         return targets
@@ -201,7 +211,7 @@ class Foresight:
                     if recorder is not None:
                         recorder.finish(request_id)
                     if self.prefetching is not None:
-                        self.prefetching.forecast.forget(request_id)
+                        self.prefetching.forget(request_id)
                 return ()
 
     def _tell(self, trial: Trial) -> None:

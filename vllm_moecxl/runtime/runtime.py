@@ -324,7 +324,7 @@ class OffloadRuntime:
         """Look after the sidecar; called once a step."""
         is_up = self.config.sidecar and self._sidecar.watch()
         if self._foresight is not None and not is_up:
-            self._foresight.drain()  # a trace is recorded whether there is a sidecar or not
+            self._foresight.drain(predicts=False)  # a trace is recorded whether there is a sidecar or not
 
     def _recording(self, model_name: str) -> Recording | None:
         if self.config.trace is None or not self._may_record:
@@ -332,8 +332,8 @@ class OffloadRuntime:
         in_order = [self.dispatches[name] for name in self._needs]
         recorder = TraceRecorder(
             self.layer_count,
-            in_order[0].home.expert_count,
-            next(iter(self._needs.values())).topk,
+            max(dispatch.home.expert_count for dispatch in in_order),
+            max(need.topk for need in self._needs.values()),
             layer_ids=[_layer_number(name, index) for index, name in enumerate(self._needs)],
             meta={"model": model_name, "source": "recorded by vllm_moecxl"},
         )
@@ -377,6 +377,7 @@ class OffloadRuntime:
             self._layer_order(),
             lambda layer_id: mover.queue_s(homes[layer_id], Cause.PREFETCH),
             [dispatch.fetch_s for dispatch in in_order],
+            mover.forget,
         )
 
     def _layer_order(self) -> LayerOrder:

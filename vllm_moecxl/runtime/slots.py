@@ -225,6 +225,7 @@ class SlotCache:
                 if expert_id in self.unused and expert_id not in needed:
                     self._mover.give_up(filling.fetch)
             self._settle()
+            self._count()
 
     def settle(self) -> None:
         """Note what has arrived, what was given up, and which kernels have been run. Any thread, now and then."""
