@@ -16,7 +16,7 @@ test: lint unit
 	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target first-half second-half
 
 first-half: env
-	@$(MAKE) --no-print-directory --jobs 1 equality races
+	@$(MAKE) --no-print-directory --jobs 1 equality races SCHEDULES=30000
 
 second-half: env
 	@$(MAKE) --no-print-directory --jobs 1 other-engine cxl-vm server
