@@ -31,18 +31,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Simulate, with and without prefetch."""
+    """Simulate without prefetch, with it, and with it kept on whatever it gains."""
     shape = model.load("deepseek-v3")
     # A launch-bound device: it leaves the links time to bring something ahead.
     hardware = machine.load("h100-80gb")
     hardware = replace(hardware, device=replace(hardware.device, layer_s=2e-3))
     trace = _trace(args.layer_steps // shape.layer_count, shape.layer_count)
     rows: list[dict[str, Any]] = []
-    for name, names in (("off", ()), ("auto", DEFAULT_PREDICTORS)):
+    for name, names in (("off", ()), ("auto", DEFAULT_PREDICTORS), ("always", DEFAULT_PREDICTORS)):
         predictors = {one: PREDICTORS[one](shape.layer_count, _EXPERT_COUNT, _TOPK) for one in names}
         options = Options(_EXPERT_COUNT // 2, OffloadConfig().eviction, predictors)
         started_s, started_cpu_s = time.perf_counter(), time.process_time()
-        found = simulate(Simulator(trace, shape, hardware, options))
+        simulator = Simulator(trace, shape, hardware, options)
+        if name == "always":  # not given up where it makes steps no faster, as in this trace
+            assert simulator.prefetching is not None
+            simulator.prefetching.trial.pin()
+        found = simulate(simulator)
         elapsed_s, cpu_s = time.perf_counter() - started_s, time.process_time() - started_cpu_s
         layer_step_count = found["steps"] * shape.layer_count
         rows.append(
