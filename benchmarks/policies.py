@@ -164,7 +164,7 @@ def _budgets(trace: RoutingTrace, slot_counts: Sequence[int]) -> list[int]:
         token_ids=trace.token_ids[mask][:count],
         domain=None,
     )
-    return budgets(miss_curves(seen), sum(slot_counts), trace.topk_count).tolist()
+    return budgets(list(miss_curves(seen)), sum(slot_counts), trace.topk_count).tolist()
 
 
 def _measure_peer(trace: RoutingTrace, slot_count: int, name: str) -> Hits:
