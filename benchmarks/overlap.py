@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks.common import Result, print_table, quantile, save, trained_model
 from benchmarks.engines import call_in_child, make_engine, offload_figures, offload_stats, offload_stats_since
-from benchmarks.pacing import copy_bytes_per_s, paced_bank
+from benchmarks.pacing import copy_bytes_per_s, keeps_pace, paced_bank
 from benchmarks.sessions import Session, text_prompts
 from benchmarks.widen import widen
 
@@ -182,7 +182,7 @@ def compare(model: str, bank: str, new_count: int, round_count: int) -> Result:
             if any(result.token_ids != results["resident"].token_ids for result in results.values()):
                 raise RuntimeError(f"overlap: {work}: not all engines give the tokens of resident vLLM")
             works[work] = results
-    pace = [engine.llm.apply_model(_keeps_pace)[0] for engine in engines.values() if engine.is_ours]
+    pace = [engine.llm.apply_model(keeps_pace)[0] for engine in engines.values() if engine.is_ours]
     return {
         "works": {work: _figures(results) for work, results in works.items()},
         "sidecar": _sidecar_figures([works[work][name] for work in works for name in ("with", "with_token_passes")]),
@@ -306,10 +306,6 @@ def _sidecar_figures(results: Sequence[Measurements]) -> Result:
         "sidecar_tick_us_p99": round(quantile(wall_us, 0.99), 1),
         "sidecar_tick_us_max": round(max(wall_us), 1),
     }
-
-
-def _keeps_pace(model: Any) -> bool:
-    return all(bank.keeps_pace for bank in model.moe_offload_runtime.banks)
 
 
 def _print(values: Result) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import time
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -34,3 +35,8 @@ def copy_bytes_per_s() -> float:
 def paced_bank(bytes_per_s: float) -> str:
     """A bank for `banks` that reads at this rate, with the latency of a CXL device."""
     return f"emulated:{_LATENCY},{round(bytes_per_s / 1e6)}MB/s"
+
+
+def keeps_pace(model: Any) -> bool:
+    """Whether the emulated banks of an engine's model took no longer than their devices would; for `apply_model`."""
+    return all(bank.keeps_pace for bank in model.moe_offload_runtime.banks)

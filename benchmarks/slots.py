@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.common import Result, print_table, save, trained_model
 from benchmarks.engines import call_in_child, make_engine, offload_figures, offload_stats, offload_stats_since
-from benchmarks.pacing import copy_bytes_per_s, paced_bank
+from benchmarks.pacing import copy_bytes_per_s, keeps_pace, paced_bank
 from benchmarks.sessions import Session, text_prompts
 from benchmarks.widen import widen
 
@@ -120,7 +120,7 @@ def compare(model: str, bank: str, new_count: int, round_count: int) -> Result:
             token_ids[name] = _measure(engines[name], name, prompt, new_count, results[name])
         if any(ids != token_ids[_RESIDENT] for ids in token_ids.values()):
             raise RuntimeError("slots: not all engines give the tokens of resident vLLM")
-    pace = [llm.apply_model(_keeps_pace)[0] for name, llm in engines.items() if name != _RESIDENT]
+    pace = [llm.apply_model(keeps_pace)[0] for name, llm in engines.items() if name != _RESIDENT]
     reference = results[_RESIDENT].tokens_per_s
     return {
         "engines": {name: _figures(result, reference) for name, result in results.items()},
@@ -162,10 +162,6 @@ def _figures(result: Measurements, reference: Sequence[float]) -> Result:
 
 def _prefetch_always(model: Any) -> None:
     model.moe_offload_runtime.prefetching.trial.pin()
-
-
-def _keeps_pace(model: Any) -> bool:
-    return all(bank.keeps_pace for bank in model.moe_offload_runtime.banks)
 
 
 def _print(values: Result) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.common import Result, print_table, save, trained_model
 from benchmarks.engines import call_in_child, make_engine, offload_stats
-from benchmarks.pacing import copy_bytes_per_s, paced_bank
+from benchmarks.pacing import copy_bytes_per_s, keeps_pace, paced_bank
 from benchmarks.sessions import Session, text_prompts
 from benchmarks.widen import widen
 
@@ -181,7 +181,7 @@ def _serve(
             if outputs[True] != outputs[False]:
                 raise RuntimeError("validation: the engine does not give the tokens of resident vLLM")
         served.counters = offload_stats(llm)
-        served.bank_keeps_pace = llm.apply_model(_keeps_pace)[0]
+        served.bank_keeps_pace = llm.apply_model(keeps_pace)[0]
         _await_recording(served.trace, len(prompts) * (_PROMPT_LENGTH + new_count - 1))
     finally:
         llm.llm_engine.engine_core.shutdown()
@@ -244,10 +244,6 @@ def _figures(served: Served, simulated: Result) -> Result:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def _keeps_pace(model: Any) -> bool:
-    return all(bank.keeps_pace for bank in model.moe_offload_runtime.banks)
 
 
 def _print(values: Result) -> None:

@@ -55,7 +55,7 @@ class Sidecar:
         self._beat_s = clock()
         self._next_verify_s = self._beat_s + _VERIFY_PERIOD_S
         self._bank_index = 0
-        #: What the routing of forwards leads to; set before `start`, None where nobody wants it.
+        #: What the routing of forwards leads to; set once the model is complete, None where nobody wants it.
         self.foresight: Foresight | None = None
         #: What ended the thread.
         self.failure: BaseException | None = None
