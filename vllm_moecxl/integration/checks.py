@@ -10,10 +10,12 @@ from vllm_moecxl.integration import WORKER_EXTENSION
 
 #: Loaders that read or write `state_dict()` as it stands in memory, which is the slots and not the experts.
 _REFUSED_LOAD_FORMATS = frozenset(
-    {"sharded_state", "runai_streamer_sharded", "tensorizer", "ipc_cache", "modelexpress", "bitsandbytes"}
+    {"sharded_state", "runai_streamer_sharded", "tensorizer", "ipc_cache", "modelexpress"}
 )
 #: Backends that keep the experts outside of the layer's parameters.
-_REFUSED_MOE_BACKENDS = frozenset({"deep_gemm_mega_moe", "aiter_mega_moe", "moonep", "flashinfer_moe_ep"})
+_REFUSED_MOE_BACKENDS = frozenset(
+    {"deep_gemm_mega_moe", "aiter_mega_moe", "flashinfer_moe_ep_cutedsl", "flashinfer_moe_ep_mega_deep_gemm"}
+)
 
 
 def refuse_unsupported(vllm_config: Any, *, on_cpu: bool) -> None:
