@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from vllm_moecxl.errors import ConfigError
-from vllm_moecxl.types import InPlaceMode, StripeMode
+from vllm_moecxl.types import InPlaceMode, LookupSide, StripeMode
 from vllm_moecxl.units import parse_bytes
 
 Mode = Literal["off", "cxl"]
@@ -30,6 +30,9 @@ EVICTIONS = (
     "second-touch",
     "prefill-protecting",
 )
+
+#: What a device's own policy, class-lru, may stand for: itself, and the default, which nobody need have asked for.
+DEVICE_EVICTIONS = ("learned", "class-lru")
 
 #: Names of the predictors; `control.prediction.PREDICTORS` has a factory for each.
 PREDICTORS = ("gate", "learned", "tokens", "temporal", "transitions", "attention", "history", "semantic")
@@ -198,6 +201,8 @@ class OffloadConfig:
         pack_to: the slab file that `moecxl pack` makes instead of serving; None to serve.
         in_place: whether a layer may run straight from its homes where the device can address them: "auto" decides
             forward by forward what is cheaper.
+        lookup: who looks experts up and fills slots: "host", "device" (inside of CUDA graphs too), or "auto" by what
+            the engine's graphs need.
         sidecar: whether fetches run beside the forward; False leaves demand fetches alone.
         prefetch: what is fetched before it is asked for: "auto" by the predictors that have proved worth it, "off", or
             the predictors to ask, by name.
@@ -218,6 +223,7 @@ class OffloadConfig:
     passes: Literal["exact", "fast"] = "exact"
     layer_buffer: bool | Literal["auto"] = "auto"
     in_place: InPlaceMode = "auto"
+    lookup: LookupSide = "auto"
     sidecar: bool = True
     prefetch: Literal["auto", "off"] | tuple[str, ...] = "auto"
     trace: str | None = None
@@ -248,6 +254,7 @@ class OffloadConfig:
             passes=_one_of("passes", raw.get("passes", "exact"), ("exact", "fast")),
             layer_buffer=_one_of("layer_buffer", raw.get("layer_buffer", "auto"), ("auto", True, False)),
             in_place=_one_of("in_place", raw.get("in_place", "auto"), get_args(InPlaceMode)),
+            lookup=_one_of("lookup", raw.get("lookup", "auto"), get_args(LookupSide)),
             sidecar=_one_of("sidecar", raw.get("sidecar", True), (True, False)),
             prefetch=_parse_prefetch(raw.get("prefetch", "auto")),
             trace=_path("trace", raw.get("trace")),

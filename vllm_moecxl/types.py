@@ -68,3 +68,7 @@ StripeMode = Literal["auto", "never", "all"]
 
 #: Whether a layer runs straight from addressable homes: "auto" where that costs less than copying; "never"; "always".
 InPlaceMode = Literal["auto", "never", "always"]
+
+#: Who looks experts up and fills slots: "host", between an engine's graphs; "device", by kernels that a graph may hold;
+#: "auto": the device where graphs hold whole forwards.
+LookupSide = Literal["auto", "host", "device"]

@@ -1,4 +1,4 @@
-"""The layer that takes the place of vLLM's `RoutedExperts` and its subclasses, by vLLM's out-of-tree registry."""
+"""The layers that take the place of vLLM's `RoutedExperts` and `MoERunner`, by vLLM's out-of-tree registry."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.custom_op import PluggableLayer, op_registry_oot
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from vllm_moecxl.errors import UnsupportedModelError
 from vllm_moecxl.integration.buffered import BufferedParameters
+from vllm_moecxl.integration.graphs import is_capturing, over_padding, padding_mask
 from vllm_moecxl.integration.loading import load_to_homes
 from vllm_moecxl.integration.packed import load_from_file
+from vllm_moecxl.integration.runner import SplitRunner
+from vllm_moecxl.runtime.device_dispatch import DeviceDispatch
 from vllm_moecxl.runtime.dispatch import Dispatch
 from vllm_moecxl.runtime.packing import Packer
 from vllm_moecxl.runtime.runtime import OffloadRuntime
@@ -51,7 +55,7 @@ class SlotExperts(RoutedExperts):
     """Routed experts that run from slots, if a runtime was there when they were built; otherwise vLLM's own."""
 
     moe_offload_runtime: OffloadRuntime | Packer | None = None
-    moe_offload_dispatch: Dispatch | None = None
+    moe_offload_dispatch: Dispatch | DeviceDispatch | None = None
 
     def _get_quant_method(self, prefix: str, quant_config: Any, moe_config: Any) -> FusedMoEMethodBase:
         model = _BUILDING.get()
@@ -67,7 +71,7 @@ class SlotExperts(RoutedExperts):
         # Past nn.Module's own attribute handling: neither is a parameter, and the runtime is not copied with the layer.
         object.__setattr__(self, "moe_offload_runtime", model.runtime)
 
-        def adopt(dispatch: Dispatch) -> None:
+        def adopt(dispatch: Dispatch | DeviceDispatch) -> None:
             object.__setattr__(self, "moe_offload_dispatch", dispatch)
 
         if isinstance(model.runtime, OffloadRuntime) and model.runtime.slab_file is not None:
@@ -92,39 +96,49 @@ class SlotExperts(RoutedExperts):
         return self.run_from_slots(x, topk_weights, topk_ids)
 
     def run_from_slots(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
-        """Compute the layer, see `Dispatch.__call__`."""
+        """Compute the layer, see `Dispatch.__call__` and `DeviceDispatch.__call__`."""
         dispatch = self.moe_offload_dispatch
         if dispatch is None:
             raise UnsupportedModelError(
                 f"--moe-offload: the experts of {self.layer_name} were never loaded: this load format passes vLLM's "
                 "weight processing by, use --load-format auto"
             )
-        if get_forward_context().attn_metadata is None:  # vLLM's own dummy runs
-            return dispatch.rehearse(x, topk_weights, topk_ids)
-        return dispatch(x, topk_weights, topk_ids)
+        is_padding = padding_mask(x)
+        is_rehearsal = get_forward_context().attn_metadata is None  # vLLM's own dummy runs
+        if isinstance(dispatch, DeviceDispatch):
+            # A graph replays what its capture launched, dummy inputs or not: the look-up has to be among it.
+            if not is_rehearsal or is_capturing(x):
+                return dispatch(x, topk_weights, topk_ids, is_padding=is_padding)
+            return dispatch.rehearse(x, topk_weights, over_padding(topk_ids, is_padding))
+        topk_ids = over_padding(topk_ids, is_padding)
+        return (dispatch.rehearse if is_rehearsal else dispatch)(x, topk_weights, topk_ids)
 
 
 def register_layers() -> None:
-    """Put `SlotExperts` in the place of `RoutedExperts` and of each subclass that has been imported by now.
+    """Put our classes in the place of vLLM's and of each subclass that has been imported by now.
 
     The registry goes by class name and does not cover subclasses, so each gets a class of its own. That class keeps the
     name: compressed-tensors, for one, finds a layer's scheme by it.
     """
-    for base in _with_subclasses(RoutedExperts):
-        if issubclass(base, SlotExperts):
-            continue
-        taken = op_registry_oot.get(base.__name__)
-        if taken is None:
-            bases = (SlotExperts,) if base is RoutedExperts else (SlotExperts, base)
-            PluggableLayer.register_oot(type(base.__name__, bases, {"__module__": __name__}), name=base.__name__)
-        elif not issubclass(taken, SlotExperts):
-            raise UnsupportedModelError(
-                f"--moe-offload: {taken.__module__}.{taken.__name__} of another plugin already replaces vLLM's "
-                f"{base.__name__}: deactivate that plugin with VLLM_PLUGINS"
-            )
+    for original, ours in ((RoutedExperts, SlotExperts), (MoERunner, SplitRunner)):
+        for base in _with_subclasses(original):
+            if not issubclass(base, ours):
+                _register(base, ours, is_original=base is original)
 
 
-def _with_subclasses(base: type[RoutedExperts]) -> Iterator[type[RoutedExperts]]:
+def _register(base: type[Any], ours: type[Any], *, is_original: bool) -> None:
+    taken = op_registry_oot.get(base.__name__)
+    if taken is None:
+        bases = (ours,) if is_original else (ours, base)
+        PluggableLayer.register_oot(type(base.__name__, bases, {"__module__": __name__}), name=base.__name__)
+    elif not issubclass(taken, ours):
+        raise UnsupportedModelError(
+            f"--moe-offload: {taken.__module__}.{taken.__name__} of another plugin already replaces vLLM's "
+            f"{base.__name__}: deactivate that plugin with VLLM_PLUGINS"
+        )
+
+
+def _with_subclasses(base: type[Any]) -> Iterator[type[Any]]:
     yield base
     for subclass in base.__subclasses__():
         yield from _with_subclasses(subclass)
@@ -136,6 +150,11 @@ def _refuse_layer_features(layer: RoutedExperts, moe_config: Any) -> None:
     Raises:
         UnsupportedModelError: by the feature's name.
     """
+    if super(SlotExperts, layer).forward_modular.__func__ is not RoutedExperts.forward_modular:
+        raise UnsupportedModelError(
+            f"--moe-offload: {type(layer).__name__} of {layer.layer_name} does more than run its experts, which slots "
+            "would pass over: serve this model without --moe-offload"
+        )
     features = {
         "expert parallelism (--enable-expert-parallel)": moe_config.moe_parallel_config.use_ep,
         "EPLB (--enable-eplb)": moe_config.moe_parallel_config.enable_eplb,

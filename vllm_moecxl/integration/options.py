@@ -77,7 +77,8 @@ def add_options(parser: Any) -> None:
         help=(
             'Options as a JSON object, also dotted (--moe-offload-config.slots 25%%): slots ("auto", "25%%", 16, '
             '"24GiB"), banks ("auto", ["dram=64GiB"]), eviction ("learned", "lru", ...), prefetch ("auto", "off", '
-            '["gate", "learned"]), passes ("exact", "fast"), layer_buffer ("auto", true, false), trace (a path).'
+            '["gate", "learned"]), passes ("exact", "fast"), layer_buffer ("auto", true, false), '
+            'lookup ("auto", "host", "device"), trace (a path).'
         ),
     )
     additional = parser._option_string_actions.get("--additional-config")

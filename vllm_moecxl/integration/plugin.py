@@ -42,8 +42,7 @@ def check_configuration(vllm_config: Any) -> None:
     _require_possible_slots(config, vllm_config.model_config)
     _require_files(config, vllm_config.parallel_config.world_size)
     vllm_config.parallel_config.worker_extension_cls = WORKER_EXTENSION
-    if not on_cpu:
-        _run_without_graphs(vllm_config)
+    _settle_graphs(vllm_config, config)
     _show_metrics()
     settings.stamp(vllm_config)
 
@@ -94,18 +93,10 @@ def _require_supported_vllm() -> None:
         )
 
 
-def _run_without_graphs(vllm_config: Any) -> None:
-    """Slot look-ups run on the host for now, and a captured graph would replay the look-up of its capture."""
-    from vllm.config import CUDAGraphMode
-    from vllm.logger import init_logger
+def _settle_graphs(vllm_config: Any, config: OffloadConfig) -> None:
+    from vllm_moecxl.integration.graphs import settle
 
-    compilation = vllm_config.compilation_config
-    if compilation.cudagraph_mode is not CUDAGraphMode.NONE:
-        init_logger("vllm.moecxl").warning(
-            "MoE offload: cudagraph_mode %s becomes NONE, experts are looked up on the host in this version",
-            compilation.cudagraph_mode,
-        )
-        compilation.cudagraph_mode = CUDAGraphMode.NONE
+    settle(vllm_config, config)
 
 
 def _show_metrics() -> None:
