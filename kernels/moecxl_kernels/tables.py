@@ -6,6 +6,7 @@ write words whole, so none needs a fence between two of them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -149,21 +150,31 @@ def make_table(
     )
 
 
+def _zeros(word_count: int) -> torch.Tensor:
+    return torch.zeros(word_count, dtype=torch.int64)
+
+
 def make_mailbox(
-    slot_count: int, lane_count: int, depth: int, route_count_max: int, *, is_pinned: bool = False
+    slot_count: int,
+    lane_count: int,
+    depth: int,
+    route_count_max: int,
+    allocate: Callable[[int], torch.Tensor] = _zeros,
 ) -> Mailbox:
     """A mailbox without offers, whose records hold visits of up to `route_count_max` routes.
 
     Args:
         depth: visits that the ring of records remembers.
-        is_pinned: whether a device reaches it; the CPU and Triton's interpreter do in any case.
+        allocate: gives so many zeros, int64, in host memory that the device reaches: any, for Triton's interpreter.
     """
     assert depth > 0 and route_count_max >= 0
+    word_count = HEADER_WORDS + route_count_max
+    view = allocate(-(-slot_count // 2)).view(torch.int32)[:slot_count]
     return Mailbox(
-        offers=torch.zeros(lane_count, dtype=torch.int64, pin_memory=is_pinned),
-        answers=torch.zeros(lane_count, dtype=torch.int64, pin_memory=is_pinned),
-        view=torch.full((slot_count,), NONE, dtype=torch.int32, pin_memory=is_pinned),
-        records=torch.zeros((depth, HEADER_WORDS + route_count_max), dtype=torch.int64, pin_memory=is_pinned),
+        offers=allocate(lane_count),
+        answers=allocate(lane_count),
+        view=view.fill_(NONE),
+        records=allocate(depth * word_count).view(depth, word_count),
     )
 
 

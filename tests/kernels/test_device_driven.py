@@ -22,7 +22,7 @@ from vllm_moecxl.data.layout import SlabLayout
 from vllm_moecxl.data.mover import Mover
 from vllm_moecxl.data.slabs import Cells, Home, LayerCells
 from vllm_moecxl.errors import CapacityError, ConfigError, IntegrityError
-from vllm_moecxl.runtime import device_layer
+from vllm_moecxl.runtime import device_layer, device_side
 from vllm_moecxl.runtime.counters import Counters
 from vllm_moecxl.runtime.device_dispatch import DeviceDispatch
 from vllm_moecxl.runtime.device_side import DeviceSide
@@ -220,7 +220,8 @@ def test_a_rehearsal_prepares_and_runs_the_kernels_for_nobody() -> None:
     assert set(layer.dispatch.layer.table.expert_of.tolist()) == {-1}
 
 
-def test_an_offered_expert_is_found_in_its_slot() -> None:
+def test_an_offered_expert_is_found_in_its_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_side, "_LANE_SHARE", 1 / 4)
     layer = Layer(4, prefetch="auto")
     assert layer.dispatch.layer.lane_count == 1
     layer.begin()

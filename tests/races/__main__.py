@@ -78,6 +78,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--case", choices=sorted(CASES_BY_NAME), help="this one only")
+    parser.add_argument("--only", metavar="PREFIX", default="", help="cases whose names begin like this")
     parser.add_argument("--replay", metavar="SCHEDULE", help="one schedule, such as random:17, step by step")
     parser.add_argument("--strikes-only", action="store_true", help="report no accesses that are merely unordered")
     arguments = parser.parse_args()
@@ -88,6 +89,9 @@ def main() -> int:
             parser.error("--replay: name the case with --case")
         return replay(CASES_BY_NAME[arguments.case], Schedule.of(arguments.replay), checks_order=checks_order)
     cases = [CASES_BY_NAME[arguments.case]] if arguments.case else CASES
+    cases = [case for case in cases if case.name.startswith(arguments.only)]
+    if not cases:
+        parser.error(f"--only: no case begins with {arguments.only}; there are {', '.join(CASES_BY_NAME)}")
     return int(search(cases, arguments.schedules, arguments.seed, arguments.jobs, checks_order=checks_order) > 0)
 
 

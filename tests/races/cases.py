@@ -7,8 +7,9 @@ from functools import partial
 
 import torch
 
-from tests.races import engine, miniature
+from tests.races import engine, lending, miniature
 from tests.races.engine import Spec
+from tests.races.lending import LendingSpec
 from tests.races.search import Batch, Case, Tally, run_batch
 from vllm_moecxl.types import PassKind
 
@@ -45,7 +46,24 @@ SMALL_CASES = [
     _engine("small-staged", replace(_SMALL, expert_count=3, banks=("staged",), forward_count=1), is_small=True),
 ]
 
-CASES = [*miniature.CASES, *SMALL_CASES, *ENGINE_CASES]
+
+def _lending(name: str, spec: LendingSpec, *, is_small: bool = False) -> Case:
+    return Case(f"lending-{name}", partial(lending.run, spec), is_small)
+
+
+LENDING_CASES = [
+    _lending("small", LendingSpec(2, 2, 1, lane_count=1, forward_count=2, pause_rate=0), is_small=True),
+    _lending("one-lane", LendingSpec(slot_count=3, lane_count=1)),
+    _lending("lanes", LendingSpec()),
+    _lending("two-layers", LendingSpec(layer_count=2, forward_count=3)),
+    _lending("staged", LendingSpec(banks=("staged",), failure_rate=0.02)),
+    _lending("striped", LendingSpec(banks=("registered", "staged"), home="striped", failure_rate=0.02)),
+    _lending("replicated", LendingSpec(banks=("registered", "staged"), home="replicated", failure_rate=0.02)),
+    _lending("checked", LendingSpec(is_checked=True, failure_rate=0.02)),
+    _lending("dying-hands", LendingSpec(banks=("staged", "staged"), home="striped", death_rate=0.1)),
+]
+
+CASES = [*miniature.CASES, *SMALL_CASES, *ENGINE_CASES, *LENDING_CASES]
 CASES_BY_NAME = {case.name: case for case in CASES}
 
 

@@ -8,13 +8,16 @@ from dataclasses import dataclass
 
 import pytest
 
+from tests.kernels.reference_ensure import _State as DeviceTable
 from tests.property.test_guards_bite import Owner, take_out
+from tests.races import lending
 from tests.races.cases import CASES_BY_NAME
 from tests.races.search import Strategy, Tally, run_seeds
 from vllm_moecxl.control.residency import Residency
 from vllm_moecxl.data.carrier import Carrier
 from vllm_moecxl.data.mover import Mover
 from vllm_moecxl.data.staging import StagingRing
+from vllm_moecxl.runtime.lanes import DeviceSlots
 from vllm_moecxl.runtime.layer_buffer import LayerBuffer
 from vllm_moecxl.runtime.slots import SlotCache
 
@@ -47,7 +50,7 @@ class Plant:
             return run_seeds(CASES_BY_NAME[self.case_name], strategy, range(schedule_count), checks_order=checks_order)
 
 
-PLANTS = [
+DATA_PLANE_PLANTS = [
     Plant("missing wait", "token-passes", Mover, "wait", "self._backend.wait(compute, event)", "pass"),
     Plant("early lease end", "token-passes", SlotCache, "_end", "if self._backend.is_host:", "if True:"),
     Plant(
@@ -117,3 +120,113 @@ PLANTS = [
         "fetch.events[:] = [event]",
     ),
 ]
+
+#: Either side of the lending protocol, and whoever queues its kernels.
+LENDING_PLANTS = [
+    Plant(
+        "offered before the copies have ended",
+        "lending-lanes",
+        DeviceSlots,
+        "_settle",
+        "if lane.fetch.has_landed:",
+        "if not lane.fetch.unissued_count:",
+    ),
+    Plant(
+        "lane filled again before the answer",
+        "lending-lanes",
+        DeviceSlots,
+        "_offer",
+        "lane.is_offered = True",
+        "lane.rest()",
+    ),
+    Plant(
+        "lane keeps the slot that was adopted",
+        "lending-lanes",
+        DeviceSlots,
+        "_take_answer",
+        "lane.slot_id = answer.slot_id",
+        "pass",
+    ),
+    Plant(
+        "old answer taken for a new one",
+        "lending-lanes",
+        DeviceSlots,
+        "_take_answer",
+        "if answer.sequence != lane.sequence:",
+        "if not answer.sequence:",
+    ),
+    Plant(
+        "offered under a cancelled copy",
+        "lending-replicated",
+        DeviceSlots,
+        "_settle",
+        "elif lane.fetch.is_over:",
+        "elif lane.fetch.transfer.is_cancelled:",
+    ),
+    Plant(
+        "lent slot filled by the device",
+        "lending-lanes",
+        DeviceTable,
+        "victims",
+        "if not self.is_host[slot] and expert",
+        "if expert",
+    ),
+    Plant(
+        "slot lent while its expert is looked up there",
+        "lending-lanes",
+        DeviceTable,
+        "answer",
+        "self._evict(returned)",
+        "pass",
+    ),
+    Plant(
+        "running batch not protected",
+        "lending-lanes",
+        DeviceTable,
+        "__init__",
+        "self.needed = set(needed)",
+        "self.needed: set[int] = set()",
+    ),
+    Plant(
+        "offer answered twice",
+        "lending-lanes",
+        DeviceTable,
+        "answer",
+        "if offer.sequence == self.answered[lane]:",
+        "if not offer.sequence:",
+    ),
+    Plant(
+        "resident expert adopted",
+        "lending-lanes",
+        DeviceTable,
+        "answer",
+        "is_adopted = self.slot_of[offer.expert_id] == NONE",
+        "is_adopted = True",
+    ),
+    Plant(
+        "gather on a stream of its own",
+        "lending-lanes",
+        lending.Layer,
+        "visit",
+        "gathering = reading = compute",
+        "gathering, reading = backend.copy_stream(9), compute",
+    ),
+    Plant(
+        "slot returned under a kernel on another stream",
+        "lending-lanes",
+        lending.Layer,
+        "visit",
+        "gathering = reading = compute",
+        "gathering, reading = compute, backend.copy_stream(9)",
+    ),
+    Plant(
+        "forward waits",
+        "lending-lanes",
+        lending.Layer,
+        "visit",
+        "backend.wait(reading, gathered)",
+        "backend.synchronize(gathered)",
+    ),
+]
+
+PLANTS = [*DATA_PLANE_PLANTS, *LENDING_PLANTS]

@@ -222,6 +222,12 @@ def test_the_command_searches_replays_and_tells_what_it_found(
     assert code == 0 and "start: copy (number 1 on the link 0 stream)" in text and "nothing is wrong" in text
     code, text = run("--schedules", "60", "--case", "miniature-ring", "--jobs", "2")
     assert code == 0 and "60 schedules in" in text and "0 violations" in text
+    code, text = run("--schedules", "40", "--only", "miniature")
+    assert code == 0 and "40 schedules in" in text
+    assert {line.split()[0] for line in text.splitlines()[1:-1]} == {"miniature-" + name for name in miniature.PROGRAMS}
+    with pytest.raises(SystemExit, match="2"):
+        run("--only", "minature")
+    assert "no case begins with minature; there are miniature-double-buffer" in capsys.readouterr().err
     wrong = miniature.case("ring", "ring wrapped early")
     monkeypatch.setitem(CASES_BY_NAME, wrong.name, wrong)
     code, text = run("--schedules", "200", "--case", wrong.name)

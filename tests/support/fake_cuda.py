@@ -82,6 +82,9 @@ class FakeCuda:
     def current_stream(self, device: torch.device) -> FakeStream:
         return self.current
 
+    def is_current_stream_capturing(self) -> bool:
+        return False
+
     def mem_get_info(self, device: torch.device) -> tuple[int, int]:
         return 1 << 30, 1 << 31
 

@@ -18,6 +18,7 @@ from vllm_moecxl.data.devices.cuda import CudaBackend, CudaEvent, CudaStream
 from vllm_moecxl.data.host import anonymous_tensor
 from vllm_moecxl.errors import CapacityError
 from vllm_moecxl.linux import affinity
+from vllm_moecxl.units import KIB, MIB
 
 PAGE = mmap.PAGESIZE
 DEVICE = torch.device("cpu", 0)
@@ -124,6 +125,23 @@ def test_events_are_recorded_on_their_stream_and_waited_for_by_the_other(fake: F
     assert isinstance(event, CudaEvent) and event.event.stream is copies.stream
     backend.wait(compute, event)
     assert fake.default.waited_for == [event.event] and not copies.stream.waited_for
+
+
+@pytest.mark.parametrize(("row_bytes", "is_short"), [(KIB, True), (28 * KIB - 1, True), (28 * KIB, False)])
+def test_only_rows_that_the_copy_engine_is_slow_at_are_left_to_the_kernel(
+    fake: FakeCuda, monkeypatch: pytest.MonkeyPatch, row_bytes: int, is_short: bool
+) -> None:
+    backend = CudaBackend(DEVICE)
+    launched: list[int] = []
+    monkeypatch.setattr(backend, "_gather_rows", lambda pairs, *ids: launched.append(len(pairs)))
+    sources = [random_bits((3, row_bytes), torch.uint8), random_bits((3, MIB), torch.uint8, 1)]
+    targets = [backend.allocate(tuple(source.shape), torch.uint8) for source in sources]
+    backend.copy_rows(sources, [2, 0], targets, [0, 1])
+    assert launched == [1] * is_short
+    assert torch.equal(targets[0][:2], sources[0][[2, 0]]) != is_short
+    assert torch.equal(targets[1][:2], sources[1][[2, 0]])
+    backend.copy_rows(sources, [], targets, [])
+    assert launched == [1] * is_short
 
 
 def test_memory_is_zeroed_before_a_copy_on_another_stream_could_start(fake: FakeCuda) -> None:

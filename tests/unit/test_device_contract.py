@@ -39,6 +39,8 @@ def on_a_gpu(_: pytest.MonkeyPatch) -> Iterator[DeviceBackend]:
 def on_a_stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[DeviceBackend]:
     """CudaBackend's own code, on the host: see `FakeCuda`."""
     monkeypatch.setattr(cuda, "_cuda", fake := FakeCuda())
+    # Triton need not be there: `tests/gpu/test_rehearsal.py` has short rows copied by the kernel.
+    monkeypatch.setattr(cuda, "COPY_ENGINE_MIN_BYTES", 0)
     backend = CudaBackend(torch.device("cpu", 0))
     yield backend
     backend._end()
@@ -247,6 +249,34 @@ def test_ids_are_int32_on_the_host_and_tensors_go_to_the_device(backend: DeviceB
     assert_bytes(backend.to_device(ids), ids)
 
 
+def test_kernels_run_in_order_with_what_is_queued_before_and_after(backend: DeviceBackend) -> None:
+    source, cell = staged(backend, 100), backend.allocate((1, 100), torch.uint8)
+    other = backend.allocate((1, 100), torch.uint8)
+    backend.copy(source, cell[0], backend.compute_stream())
+    touches = [(cell, [0])], [(other, [0])]
+    backend.run("a kernel", lambda: other.copy_(cell), lambda: touches)
+    backend.run("another", lambda: cell.zero_(), lambda: ([], [(cell, [0])]))
+    finish(backend, backend.compute_stream())
+    assert_bytes(other[0], source)
+    assert not cell.any()
+
+
+def test_nothing_is_captured_unless_somebody_captures(backend: DeviceBackend) -> None:
+    assert backend.is_capturing() is False
+    assert isinstance(backend.can_look_up, bool)
+
+
+def test_words_are_read_and_written_by_both_sides(backend: DeviceBackend) -> None:
+    words = backend.stage(4 * 8).view(torch.int64).zero_()
+    before = backend.read_words(words)
+    backend.write_word(words, 2, (1 << 62) + 5)
+    seen = backend.allocate((4,), torch.int64)
+    backend.run("a reader", lambda: seen.copy_(words), lambda: ([], [(seen.view(1, 4), [0])]))
+    finish(backend, backend.compute_stream())
+    assert seen.tolist() == backend.read_words(words).tolist() == [0, 0, (1 << 62) + 5, 0]
+    assert before.tolist() == [0, 0, 0, 0], "what was read is a copy"
+
+
 def test_a_thread_that_was_adopted_copies_and_no_other_thread_is_moved(backend: DeviceBackend) -> None:
     own = os.sched_getaffinity(0)
     source, target = staged(backend, 1000), backend.allocate((1000,), torch.uint8)
@@ -279,4 +309,5 @@ def run_in_thread(work: Callable[[], None], failures: list[BaseException]) -> No
 
 def test_the_suite_asks_every_backend_that_there_is() -> None:
     modules = {path.stem for path in Path(cuda.__file__).parent.glob("[a-z]*.py")}
-    assert modules - {"base", "make", "pinning", "modelled_parts"} == {name.partition("-")[0] for name in FACTORIES}
+    parts = {"base", "make", "pinning", "modelled_parts", "modelled_order"}
+    assert modules - parts == {name.partition("-")[0] for name in FACTORIES}

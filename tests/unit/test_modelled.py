@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 
 from tests.races.choosers import BoundedChooser, RandomChooser, every_path
+from vllm_moecxl.data.devices.base import Touches
 from vllm_moecxl.data.devices.modelled import HOST, Chooser, ModelledBackend, Violation
+from vllm_moecxl.data.devices.modelled_parts import ModelledStream
 
 Program = Callable[[ModelledBackend], None]
 
@@ -489,3 +492,303 @@ def test_a_seed_replays_its_schedule(chooser: type[RandomChooser] | type[Bounded
     traces = [trace(seed) for seed in range(40)]
     assert traces == [trace(seed) for seed in range(40)]
     assert len(set(traces)) > (20 if chooser is RandomChooser else 5)
+
+
+def run(
+    backend: ModelledBackend,
+    name: str,
+    reads: Sequence[tuple[torch.Tensor, Sequence[int]]] = (),
+    writes: Sequence[tuple[torch.Tensor, Sequence[int]]] = (),
+    work: Callable[[], None] = lambda: None,
+    link_id: int | None = None,
+) -> None:
+    """Kernels that say what they touch when they start; on the compute stream, or on one of their own."""
+    stream = backend.compute_stream() if link_id is None else backend.copy_stream(link_id)
+    backend.run_on(stream, name, work, lambda: (reads, writes))
+
+
+def test_what_kernels_touch_is_asked_when_they_start_and_their_effect_is_there_when_they_have_ended() -> None:
+    backend = ModelledBackend(InOrder())
+    cells, log = slots(backend), []
+    backend.copy(registered(backend, [1, 2, 3, 4]), cells[0], backend.copy_stream(0))
+
+    def touches() -> Touches:
+        log.append("touches")
+        return [(cells, [0])], [(cells, [1])]
+
+    def work() -> None:
+        log.append("work")
+        cells[1] = cells[0]
+
+    backend.wait(backend.compute_stream(), backend.record(backend.copy_stream(0)))
+    backend.run("kernels", work, touches)
+    assert log == []
+    backend.run("later kernels", lambda: log.append("later"), lambda: ([(cells, [1])], []))
+    backend.finish()
+    assert log == ["touches", "work", "later"] and cells.tolist() == [[1, 2, 3, 4]] * 2
+
+
+def late_read_under_copy(backend: ModelledBackend) -> None:
+    cells, source = slots(backend), registered(backend, range(4))
+    backend.copy(source, cells[0], backend.copy_stream(0))
+    backend.synchronize(backend.record(backend.copy_stream(0)))
+    run(backend, "kernels", reads=[(cells, [0])])
+    backend.copy(source[:2], cells[0][2:], backend.copy_stream(0))
+
+
+def late_write_under_copy(backend: ModelledBackend) -> None:
+    cells, source = slots(backend), registered(backend, range(4))
+    backend.copy(source, cells[1], backend.copy_stream(0))
+    run(backend, "kernels", reads=[(source.view(1, 4), [0])], writes=[(cells, [1])])
+
+
+def late_write_under_late_read(backend: ModelledBackend) -> None:
+    cells = slots(backend)
+    run(backend, "first kernels", writes=[(cells, [1])])
+    backend.synchronize(backend.record(backend.compute_stream()))
+    run(backend, "second kernels", writes=[(cells, [1])])
+    run(backend, "other kernels", reads=[(cells, [1])], link_id=0)
+
+
+@pytest.mark.parametrize(
+    ("program", "struck", "message"),
+    [
+        (
+            late_read_under_copy,
+            {
+                "",
+                "kernels (number 1 on the compute stream) starts while copy (number 2 on the link 0 stream) still "
+                "writes slots, row 0, bytes 2 to 4",
+                "copy (number 2 on the link 0 stream) overwrites slots, row 0, bytes 2 to 4 while "
+                "kernels (number 1 on the compute stream) still reads it",
+            },
+            "kernels on the compute stream reads slots, row 0, bytes 0 to 4 without being ordered after "
+            "copy (number 2 on the link 0 stream), which writes it",
+        ),
+        (
+            late_write_under_copy,
+            {
+                "",
+                "kernels (number 1 on the compute stream) starts while copy (number 1 on the link 0 stream) still "
+                "writes slots, row 1, bytes 0 to 4",
+                "copy (number 1 on the link 0 stream) starts while kernels (number 1 on the compute stream) still "
+                "writes slots, row 1, bytes 0 to 4",
+            },
+            "kernels on the compute stream writes slots, row 1, bytes 0 to 4 without being ordered after "
+            "copy (number 1 on the link 0 stream), which writes it",
+        ),
+        (
+            late_write_under_late_read,
+            {
+                "",
+                "second kernels (number 2 on the compute stream) overwrites slots, row 1, bytes 0 to 4 while "
+                "other kernels (number 1 on the link 0 stream) still reads it",
+                "other kernels (number 1 on the link 0 stream) starts while "
+                "second kernels (number 2 on the compute stream) still writes slots, row 1, bytes 0 to 4",
+            },
+            "other kernels on the link 0 stream reads slots, row 1, bytes 0 to 4 without being ordered after "
+            "second kernels (number 2 on the compute stream), which writes it",
+        ),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_what_is_known_only_when_it_runs_is_held_against_the_rest(
+    program: Program, struck: set[str], message: str
+) -> None:
+    assert strikes(program) == struck
+
+    def searched(backend: ModelledBackend) -> None:
+        program(backend)
+        backend.finish()
+
+    assert unordered(searched) == message
+
+
+def test_what_was_queued_later_and_waits_for_kernels_is_ordered_after_them() -> None:
+    def program(chooser: Chooser) -> None:
+        backend = ModelledBackend(chooser)
+        cells, source = slots(backend), registered(backend, range(4))
+        run(backend, "kernels", writes=[(cells, [0])])
+        backend.wait(backend.copy_stream(0), backend.record(backend.compute_stream()))
+        backend.copy(source, cells[0], backend.copy_stream(0))
+        backend.finish()
+
+    for _ in every_path(program):
+        pass
+
+
+def test_kernels_that_have_not_started_are_held_against_what_the_host_knows_to_have_ended() -> None:
+    """However much there was meanwhile, and although nothing strikes."""
+
+    def program(backend: ModelledBackend) -> None:
+        cells, source, link = slots(backend), registered(backend, range(4)), backend.copy_stream(0)
+        backend.copy(source, cells[1], link)
+        backend.wait(backend.compute_stream(), backend.record(link))
+        run(backend, "kernels", reads=[(cells, [1])])
+        for count in range(40):
+            backend.copy(source, cells[int(count == 0)], link)
+            backend.synchronize(backend.record(link))
+        backend.finish()
+
+    class LinkFirst:
+        def choose(self, actors: Sequence[int]) -> int:
+            return len(actors) - 1
+
+    assert "kernels on the compute stream reads slots, row 1, bytes 0 to 4 without being ordered after" in (
+        unordered(program, LinkFirst())
+    )
+
+
+def lend(
+    backend: ModelledBackend,
+    *,
+    waits: bool = True,
+    reads_answer: bool = True,
+    is_listed: bool = True,
+    is_fused: bool = False,
+    link_id: int | None = None,
+    is_told: bool = True,
+) -> None:
+    """The host fills cell 1 and offers it; the device takes it, and gives back cell 0, which its kernels have read.
+
+    Args:
+        waits: whether the host sees the copy end before it offers.
+        reads_answer: whether it reads the answer before it fills cell 0.
+        is_listed: whether the kernels say that they write the answer.
+        is_fused: whether the kernels that answer also read cell 0.
+        link_id: where the kernels that use cell 1 run, if not behind those that read the offer.
+        is_told: whether that stream waits for them.
+    """
+    cells, source, link, compute = slots(backend), registered(backend, range(4)), *streams(backend)
+    offers, answers = (backend.stage(8).view(torch.int64) for _ in range(2))
+
+    def use() -> None:
+        """Queue a look-up, and kernels that use cell 1 where it has found it offered."""
+        taken: list[int] = []
+
+        def look_up() -> None:
+            if offers[0]:
+                answers[0] = 8
+                taken.append(1)
+
+        run(
+            *(backend, "look-up"),
+            reads=[(offers, [0]), (cells, [0] if is_fused else [])],
+            writes=[(answers, [0])] if is_listed else [],
+            work=look_up,
+        )
+        if link_id is not None and is_told:
+            backend.wait(backend.copy_stream(link_id), backend.record(compute))
+        used = compute if link_id is None else backend.copy_stream(link_id)
+        backend.run_on(used, "late kernels", lambda: None, lambda: ([(cells, taken)], []))
+
+    backend.copy(source, cells[0], link)
+    backend.wait(compute, backend.record(link))
+    run(backend, "early kernels", reads=[(cells, [0])])
+    use()
+    backend.copy(source, cells[1], link)
+    filled = backend.record(link)
+    if waits:
+        backend.synchronize(filled)
+    backend.write_word(offers, 0, 7)
+    use()
+    while reads_answer and not backend.read_words(answers)[0]:
+        pass
+    backend.copy(source, cells[0], link)
+    backend.finish()
+
+
+def streams(backend: ModelledBackend) -> tuple[ModelledStream, ModelledStream]:
+    """Of a link, and of the kernels."""
+    return backend.copy_stream(0), backend.compute_stream()
+
+
+@pytest.mark.parametrize("link_id", [None, 1])
+def test_words_order_what_their_writer_did_before_what_their_reader_does_after(link_id: int | None) -> None:
+    def program(chooser: Chooser) -> None:
+        lend(ModelledBackend(chooser, patience=1), link_id=link_id)
+
+    assert all(True for _ in zip(every_path(program), range(2000), strict=False))
+    for seed in range(200):
+        program(RandomChooser(seed))
+        program(BoundedChooser(seed))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (
+            {"waits": False},
+            "late kernels on the compute stream reads slots, row 1, bytes 0 to 4 without being ordered after "
+            "copy (number 2 on the link 0 stream), which writes it",
+        ),
+        (
+            {"reads_answer": False},
+            "copy on the link 0 stream writes slots, row 0, bytes 0 to 4 without being ordered after "
+            "early kernels (number 1 on the compute stream), which reads it",
+        ),
+        (
+            {"is_listed": False},
+            "copy on the link 0 stream writes slots, row 0, bytes 0 to 4 without being ordered after "
+            "early kernels (number 1 on the compute stream), which reads it",
+        ),
+        (
+            {"is_fused": True},
+            "copy on the link 0 stream writes slots, row 0, bytes 0 to 4 without being ordered after "
+            "look-up (number 2 on the compute stream), which reads it",
+        ),
+        (
+            {"link_id": 1, "is_told": False},
+            "late kernels on the link 1 stream reads slots, row 1, bytes 0 to 4 without being ordered after "
+            "copy (number 2 on the link 0 stream), which writes it",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_clocks_find_what_words_do_not_order(wrong: dict[str, Any], message: str) -> None:
+    """In a schedule in which nothing strikes."""
+    found = set()
+    for seed in range(100):
+        try:
+            lend(ModelledBackend(RandomChooser(seed), checks_order=False), **wrong)
+            lend(ModelledBackend(RandomChooser(seed)), **wrong)
+        except Violation as violation:
+            found.add(str(violation))
+    assert message in found
+
+
+def test_an_old_word_says_nothing_new() -> None:
+    """Kernels that list a word and leave it as it is do not tell the host that they run."""
+
+    def program(backend: ModelledBackend) -> None:
+        cells, source, link, compute = slots(backend), registered(backend, range(4)), *streams(backend)
+        answers = backend.stage(8).view(torch.int64)
+        backend.copy(source, cells[0], link)
+        backend.wait(compute, backend.record(link))
+        for word in (8, 8):
+            run(backend, "kernels", [(cells, [0])], work=lambda: None)
+            run(backend, "look-up", [], [(answers, [0])], lambda word=word: answers.fill_(word))
+        assert backend.read_words(answers)[0] == 8, "all has run"
+        backend.copy(source, cells[0], link)
+
+    assert "without being ordered after kernels (number 3 on the compute stream)" in unordered(program)
+
+
+def test_rows_of_an_empty_tensor_are_none_and_memory_that_the_device_does_not_reach_is_refused() -> None:
+    backend = ModelledBackend(InOrder())
+    run(backend, "kernels", reads=[(backend.stage(8)[:0], [])])
+    backend.finish()
+    run(backend, "kernels", reads=[(torch.zeros(2, 4), [0])])
+    with pytest.raises(Violation, match="32 bytes, is in no memory that the device reaches"):
+        backend.finish()
+
+
+def test_a_kernel_that_writes_homes_is_not_ordered_by_them() -> None:
+    """What the device reads of the host's memory and nobody writes orders nothing."""
+    backend = ModelledBackend(InOrder())
+    source = registered(backend, range(4)).view(1, 4)
+    cells = slots(backend)
+    run(backend, "gather", reads=[(source, [0])], writes=[(cells, [0])])
+    backend.read_words(source)
+    with pytest.raises(Violation, match="without being ordered after gather"):
+        backend.copy(source[0], cells[0], backend.copy_stream(0))

@@ -35,6 +35,10 @@ class ToySlots:
         self.dropped_but: list[list[int]] = []
         self.miss_count = 0
 
+    @property
+    def slot_count(self) -> int:
+        return self.residency.slot_count
+
     def view(self) -> LayerView:
         free_count = self.residency.state_counts()[SlotState.FREE]
         nothing = np.zeros(EXPERT_COUNT, np.bool_)

@@ -14,7 +14,6 @@ from vllm_moecxl.control.layer_order import LayerOrder
 from vllm_moecxl.control.prediction.base import Observation, Step, Target
 from vllm_moecxl.control.prediction.forecast import Forecast
 from vllm_moecxl.control.prefetch import LayerView, PrefetchPlanner, Timing
-from vllm_moecxl.control.residency import Residency
 from vllm_moecxl.control.trial import Trial
 
 #: Weight of the latest observation in what is believed of the time between two layers.
@@ -29,7 +28,9 @@ _WANTER_COUNT_MAX = 8
 class Slots(Protocol):
     """The slots of a layer, as far as prefetching needs them."""
 
-    residency: Residency
+    @property
+    def slot_count(self) -> int:
+        """Slots that a forward of the layer finds its experts in."""
 
     def view(self) -> LayerView:
         """What is here, for whoever plans prefetches."""
@@ -112,7 +113,7 @@ class Prefetching:
             if slots is None:
                 continue
             # More than fits goes through the layer buffer, which is brought ahead as a whole. One token always fits.
-            if len(request_ids) > 1 and scores.sum() > slots.residency.slot_count:
+            if len(request_ids) > 1 and scores.sum() > slots.slot_count:
                 continue
             timing = Timing(self._lead_s(target, now_s), self._fetch_s[target.layer_id], self._queue_s(target.layer_id))
             order = self.planner.plan(target.layer_id, target.distance, scores, slots.view(), timing)

@@ -147,6 +147,10 @@ class Home:
             for index, spans, byte_count in self._cuts[key]
         ]
 
+    def parts(self, expert_id: int) -> list[tuple[Shard, Place]]:
+        """The shards that a slab's home is made of, and its place in each; without replicas."""
+        return [(self.shards[place.shard_id], place) for place in self._places[expert_id]]
+
     def bytes_by_bank(self, expert_ids: Sequence[int]) -> Counter[str]:
         """Bytes of these experts in each bank that is their home, by name."""
         total: Counter[str] = Counter()

@@ -21,7 +21,7 @@ from vllm_moecxl.data.host import FileMappings, trim_heap
 from vllm_moecxl.integration.buffered import BufferedParameters
 from vllm_moecxl.integration.described import describe_layer, need_of
 from vllm_moecxl.integration.initial_values import InitialValues
-from vllm_moecxl.runtime.dispatch import Dispatch
+from vllm_moecxl.runtime.device_dispatch import AnyDispatch
 from vllm_moecxl.runtime.packing import Packer
 from vllm_moecxl.runtime.runtime import OffloadRuntime
 
@@ -31,7 +31,7 @@ def load_to_homes(
     layer: RoutedExperts,
     runtime: OffloadRuntime | Packer,
     register: Callable[[BufferedParameters], None],
-    adopt: Callable[[Dispatch], None],
+    adopt: Callable[[AnyDispatch], None],
 ) -> None:
     """Change one quantisation method object so that its layer's experts end up at home.
 

@@ -9,7 +9,7 @@ import atexit
 import sys
 import weakref
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from vllm_moecxl.integration.buffered import catching_direct_writes
 from vllm_moecxl.integration.device_budget import reserve_bytes
 from vllm_moecxl.integration.experts import ModelUnderConstruction, SlotExperts, building, register_layers
 from vllm_moecxl.integration.fingerprint import fingerprint
+from vllm_moecxl.integration.graphs import limit_captures, plan_of
 from vllm_moecxl.integration.metrics import counters_path
 from vllm_moecxl.integration.model_parts import find_embedding, find_gates
 from vllm_moecxl.integration.packed import passes_over, passing_over_experts
@@ -91,6 +92,9 @@ def _build(create: Callable[[], Any], vllm_config: Any, model_config: Any) -> An
             runtime.plan(vllm_config.cache_config.kv_cache_memory_bytes, reserve_bytes(vllm_config))
         object.__setattr__(model, _RUNTIME_ATTRIBUTE, runtime)
         _prepare_loading(model, under_construction)
+        if isinstance(runtime, OffloadRuntime):
+            # It is the model that keeps the runtime.
+            runtime.prepare = partial(_complete, weakref.ref(model), vllm_config, model_config.model)
     return model
 
 
@@ -133,8 +137,12 @@ def _make_runtime(config: OffloadConfig, vllm_config: Any, *, is_main: bool) -> 
     banks = make_banks(config.banks, profiles, ranks=(world.rank_in_group, world.world_size))
     path = counters_path(world.rank)
     slot_bytes_per_s = profiles.of("dram", "dram").read_bytes_per_s
+    plan = plan_of(vllm_config)
+    logger.info("MoE offload: %s", plan)
     runtime = OffloadRuntime(
-        config, make_backend(device), device, logger, banks, path, slot_bytes_per_s, may_record=may_record
+        *(config, make_backend(device), device, logger, banks, path, slot_bytes_per_s),
+        lookup=plan.lookup,
+        may_record=may_record,
     )
     _runtimes.add(runtime)
     # An engine that is gone must not be counted among those of a later one in the same process.
@@ -185,6 +193,17 @@ def _refuse_weight_access(vllm_config: Any, method: str) -> None:
         )
 
 
+def _complete(held_weakly: weakref.ref[torch.nn.Module], vllm_config: Any, model_name: str) -> None:
+    """What is due once, when the model is complete and no graph has been captured."""
+    model = held_weakly()
+    runtime: OffloadRuntime | Packer | None = getattr(model, _RUNTIME_ATTRIBUTE, None)
+    if model is None or not isinstance(runtime, OffloadRuntime) or runtime.is_foreseeing:
+        return
+    runtime.foresee(find_gates(model, runtime.dispatches), model_name, find_embedding(model))
+    if (token_count_max := runtime.device_token_count_max) is not None:
+        limit_captures(vllm_config.compilation_config, token_count_max)
+
+
 def _before_step(worker: Any, scheduled: Any) -> None:
     for runtime in list(_runtimes):
         runtime.watch()
@@ -194,15 +213,12 @@ def _before_step(worker: Any, scheduled: Any) -> None:
     mine: OffloadRuntime | Packer | None = getattr(runner.model, _RUNTIME_ATTRIBUTE, None)
     if not isinstance(mine, OffloadRuntime) or not scheduled.total_num_scheduled_tokens:
         return
-    if not mine.is_foreseeing:
-        gates = find_gates(runner.model, mine.dispatches)
-        mine.foresee(gates, runner.model_config.model, find_embedding(runner.model))
+    mine.prepare()
     if (ring := mine.ring) is not None:
         # The sidecar's thread holds the ring: an engine that it held too could never be dropped.
         held_weakly = weakref.ref(runner)
         ring.describe = lambda: describe(one, scheduled) if (one := held_weakly()) is not None else None
-        if (begun := describe_early(runner, scheduled)) is not None:
-            ring.begin(begun)
+    mine.begin(describe_early(runner, scheduled) if ring is not None else None)
 
 
 patches.patch_model_creation(_build)

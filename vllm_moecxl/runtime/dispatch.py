@@ -63,6 +63,8 @@ class Dispatch:
         ring: gets what the router has chosen; None where nobody wants it.
     """
 
+    is_device_driven = False
+
     def __init__(
         self,
         name: str,

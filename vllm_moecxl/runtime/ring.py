@@ -134,6 +134,10 @@ class RoutingRing:
         """Requests have ended."""
         self._put(Ended(tuple(request_ids)))
 
+    def report(self, entry: Begun | Sighting) -> None:
+        """What a device has found out by itself, in order. Its forwards call neither `begin` nor `see`."""
+        self._put(entry)
+
     def wake(self) -> None:
         """Make the reader return from `wait`."""
         self._calls.put(None)

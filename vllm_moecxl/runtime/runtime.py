@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import logging
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from vllm_moecxl.config import OffloadConfig
 from vllm_moecxl.control.account import Account, LayerNeed, Machine, plan
 from vllm_moecxl.control.cost import LayerCosts
-from vllm_moecxl.control.eviction import POLICIES, NextUse
+from vllm_moecxl.control.eviction import POLICIES
 from vllm_moecxl.control.layer_order import LayerOrder
 from vllm_moecxl.control.placement import Placement
-from vllm_moecxl.control.prediction import DEFAULT_PREDICTORS, PREDICTORS
-from vllm_moecxl.control.prediction.forecast import Forecast
-from vllm_moecxl.control.prediction.semantic import Embed, Semantic
-from vllm_moecxl.control.prefetch import PrefetchPlanner
+from vllm_moecxl.control.prediction.semantic import Embed
 from vllm_moecxl.control.prefetching import Prefetching
-from vllm_moecxl.control.recorder import TraceRecorder
 from vllm_moecxl.control.residency import Residency
 from vllm_moecxl.data.banks.base import Bank
 from vllm_moecxl.data.banks.file import FileBank
@@ -38,12 +36,15 @@ from vllm_moecxl.data.slabfile import PackedLayer
 from vllm_moecxl.data.slabs import Cells, Home, HomeBuilder, LayerCells
 from vllm_moecxl.errors import CapacityError, ConfigError, IntegrityError
 from vllm_moecxl.runtime.counters import BANK_BYTES_KINDS, Counters
+from vllm_moecxl.runtime.device_dispatch import AnyDispatch
+from vllm_moecxl.runtime.device_side import DeviceSide
 from vllm_moecxl.runtime.dispatch import Bind, Dispatch, Kernel
-from vllm_moecxl.runtime.foresight import Foresight, Recording
+from vllm_moecxl.runtime.foreseeing import REACH, make_prefetching, make_recording
+from vllm_moecxl.runtime.foresight import Foresight
 from vllm_moecxl.runtime.layer_buffer import LayerBuffer
 from vllm_moecxl.runtime.lookahead import Gate, GateLookahead
 from vllm_moecxl.runtime.placing import Placer, slab_file_among
-from vllm_moecxl.runtime.ring import RoutingRing
+from vllm_moecxl.runtime.ring import Begun, RoutingRing
 from vllm_moecxl.runtime.selfcheck import SelfCheck
 from vllm_moecxl.runtime.sidecar import Sidecar
 from vllm_moecxl.runtime.slots import SlotCache
@@ -52,8 +53,6 @@ from vllm_moecxl.units import MIB, format_bytes, format_rate, format_seconds
 
 #: Host memory that the plan leaves to the rest of the process: activations, allocator slack, the tokenizer.
 _HOST_RESERVE_BYTES = 512 * MIB
-#: How many layers ahead is predicted.
-_REACH = 2
 #: Progress lines of one load.
 _PROGRESS_LINE_COUNT = 10
 
@@ -110,6 +109,7 @@ class OffloadRuntime:
         counters_path: file to share the counters through; None keeps them in this process.
         banks: homes in order of preference.
         slot_bytes_per_s: at which kernels read slots; compared with the banks' profiles.
+        lookup: who looks experts up, and fills slots: the host or the device.
         may_record: whether this one of several ranks and models is the one that writes the trace.
     """
 
@@ -123,6 +123,7 @@ class OffloadRuntime:
         counters_path: Path | None = None,
         slot_bytes_per_s: float = PUBLISHED["dram"].read_bytes_per_s,
         *,
+        lookup: Literal["host", "device"] = "host",
         may_record: bool = True,
     ) -> None:
         assert config.mode != "off" and banks
@@ -130,7 +131,7 @@ class OffloadRuntime:
         self.banks = tuple(banks)
         self.counters = Counters([bank.name for bank in banks], counters_path)
         self.account: Account | None = None
-        self.dispatches: dict[str, Dispatch] = {}
+        self.dispatches: dict[str, AnyDispatch] = {}
         self._backend = backend
         self._device = device
         self._slot_bytes_per_s = slot_bytes_per_s
@@ -156,6 +157,10 @@ class OffloadRuntime:
         self._foresight: Foresight | None = None
         #: Whether `foresee` was called.
         self.is_foreseeing = False
+        #: Called before the first forward, where the device looks up: the model is complete then.
+        self.prepare: Callable[[], None] = lambda: None
+        self._is_device_driven = lookup == "device"
+        self._device_side: DeviceSide | None = None
         self._order: LayerOrder | None = None
 
     @property
@@ -207,7 +212,7 @@ class OffloadRuntime:
             )
         return self.account
 
-    def install(self, layer: LoadedLayer) -> Dispatch:
+    def install(self, layer: LoadedLayer) -> AnyDispatch:
         """Take a layer's experts home and give it slots.
 
         Raises:
@@ -264,7 +269,25 @@ class OffloadRuntime:
                 tried = partial(dispatch, home=rehearsed, costs=partial(self._costs, rehearsed, "never"))
             pass_kind = self._confirm(check, layer, pass_kind, buffer, tried)
             self.counters.values[:] = counted  # no request asked for what was fetched
-        installed = self.dispatches[layer.name] = dispatch(pass_kind, buffer, self.counters)
+        installed: AnyDispatch
+        if self._is_device_driven:
+            made = self._devices().make
+            installed = made(
+                layer.name,
+                layer_id,
+                home,
+                slots,
+                layer.topk,
+                buffer,
+                layer.kernel,
+                layer.bind,
+                pass_kind,
+                costs().fetch_s,
+                self._prepare_weakly(),
+            )
+        else:
+            installed = dispatch(pass_kind, buffer, self.counters)
+        self.dispatches[layer.name] = installed
         if (hot := self._placement.hot[layer_id]).size:
             installed.preload(hot.tolist())
         self._report_progress()
@@ -280,6 +303,11 @@ class OffloadRuntime:
         """Who prefetches into slots; None where nobody does, or nothing was forwarded yet."""
         return self._foresight.prefetching if self._foresight is not None else None
 
+    @property
+    def device_token_count_max(self) -> int | None:
+        """Tokens that the device serves at once, whatever experts they need; None where the host looks up."""
+        return self._device_side.token_count_max if self._device_side is not None else None
+
     def foresee(self, gates: Sequence[Gate | None], model_name: str, embed: Embed | None = None) -> None:
         """Begin to record and to predict, as far as the user asked for it; called once the model is complete.
 
@@ -289,10 +317,18 @@ class OffloadRuntime:
             embed: the model's token embeddings; None where they are not at hand.
         """
         self.is_foreseeing = True
-        recording, prefetching = self._recording(model_name), self._prefetching(embed)
+        in_order = [self.dispatches[name] for name in self._needs]
+        topk = max(need.topk for need in self._needs.values())
+        recording = None
+        if self.config.trace is not None and self._may_record:
+            recording = make_recording(self.config.trace, in_order, topk, model_name)
+        order = self._layer_order()
+        prefetching = make_prefetching(self.config, in_order, topk, order, self._mover, embed, self._log)
+        lookahead = GateLookahead(gates, REACH)
         if recording is None and prefetching is None:
+            if self._device_side is not None:
+                self._device_side.foresee(None, None)
             return
-        lookahead = GateLookahead(gates, _REACH)
         ring = RoutingRing(
             keeps_inputs=True,
             keeps_weights=recording is not None,
@@ -308,8 +344,11 @@ class OffloadRuntime:
         foresight = Foresight(ring, expert_count, recording, prefetching, lookahead, show_prefetch_up)
         self._foresight = self._sidecar.foresight = foresight
         self._closing.append(foresight.close)
+        if self._device_side is not None:
+            self._device_side.foresee(ring, lookahead)
         for dispatch in self.dispatches.values():
-            dispatch.ring = ring
+            if isinstance(dispatch, Dispatch):
+                dispatch.ring = ring
 
     def forget(self, request_ids: Collection[str]) -> None:
         """Requests have ended or were cancelled: what was being fetched for nobody else is given up."""
@@ -323,62 +362,47 @@ class OffloadRuntime:
     def watch(self) -> None:
         """Look after the sidecar; called once a step."""
         is_up = self.config.sidecar and self._sidecar.watch()
+        if self._device_side is not None and not is_up:
+            self._device_side.collect()
         if self._foresight is not None and not is_up:
             self._foresight.drain(predicts=False)  # a trace is recorded whether there is a sidecar or not
 
-    def _recording(self, model_name: str) -> Recording | None:
-        if self.config.trace is None or not self._may_record:
-            return None
-        in_order = [self.dispatches[name] for name in self._needs]
-        recorder = TraceRecorder(
-            self.layer_count,
-            max(dispatch.home.expert_count for dispatch in in_order),
-            max(need.topk for need in self._needs.values()),
-            layer_ids=[_layer_number(name, index) for index, name in enumerate(self._needs)],
-            meta={"model": model_name, "source": "recorded by vllm_moecxl"},
-        )
-        return Recording(recorder, Path(self.config.trace))
+    def begin(self, begun: Begun | None) -> None:
+        """A forward that requests asked for is about to be queued.
 
-    def _prefetching(self, embed: Embed | None) -> Prefetching | None:
-        """Who prefetches; None, and a line in the log, where nobody does."""
-        in_order = [self.dispatches[name] for name in self._needs]
-        counts = {dispatch.home.expert_count for dispatch in in_order}
-        reason = None
-        if self.config.prefetch == "off":
-            reason = 'prefetch is "off"'
-        elif not self.config.sidecar:
-            reason = "there is no sidecar"
-        elif all(dispatch.is_always_in_place for dispatch in in_order):
-            reason = "all layers run in place"
-        elif len(counts) > 1:
-            reason = "the layers differ in their number of experts"
-        elif all(d.slots.residency.slot_count == d.home.expert_count for d in in_order):
-            reason = "every expert has a slot"
-        if reason is not None:
-            self._log.info("MoE offload: nothing is prefetched into slots: %s", reason)
-            return None
-        names = DEFAULT_PREDICTORS if self.config.prefetch == "auto" else self.config.prefetch
-        expert_count, topk = counts.pop(), max(need.topk for need in self._needs.values())
-        factories = dict(PREDICTORS)
-        if embed is not None:
-            factories["semantic"] = partial(Semantic, embed=embed)
-        predictors = {name: factories[name](self.layer_count, expert_count, topk) for name in names}
-        forecast = Forecast(self.layer_count, expert_count, topk, predictors, reach=_REACH)
-        for dispatch, scores in zip(in_order, forecast.scores, strict=True):
-            if isinstance(policy := dispatch.slots.residency.policy, NextUse):
-                policy.probabilities = scores
-        mover = self._mover
-        homes = [dispatch.home for dispatch in in_order]
-        self._log.info("MoE offload: experts are prefetched by %s", ", ".join(names))
-        return Prefetching(
-            forecast,
-            PrefetchPlanner(self.layer_count),
-            [None if dispatch.is_always_in_place else dispatch.slots for dispatch in in_order],
-            self._layer_order(),
-            lambda layer_id: mover.queue_s(homes[layer_id], Cause.PREFETCH),
-            [dispatch.fetch_s for dispatch in in_order],
-            mover.forget,
-        )
+        Args:
+            begun: what is in it, where that is known so early.
+
+        Raises:
+            IntegrityError: the device has found out that an earlier one needed experts that do not exist.
+        """
+        if self._device_side is not None:
+            self._device_side.begin(begun, time.perf_counter())
+        elif begun is not None and self.ring is not None:
+            self.ring.begin(begun)
+
+    def _prepare_weakly(self) -> Callable[[], None]:
+        """Calls `prepare`, which is set later, and does not keep this object."""
+        held_weakly = weakref.ref(self)
+
+        def prepare() -> None:
+            if (runtime := held_weakly()) is not None:
+                runtime.prepare()
+
+        return prepare
+
+    def _devices(self) -> DeviceSide:
+        if self._device_side is None:
+            self._device_side = DeviceSide(
+                self.config,
+                self._backend,
+                self._device,
+                self._mover,
+                self._layer_order(),
+                self.counters,
+            )
+            self._sidecar.device_side = self._device_side
+        return self._device_side
 
     def _layer_order(self) -> LayerOrder:
         if self._order is None:
@@ -525,13 +549,15 @@ class OffloadRuntime:
             self._mover.mark_registered(bank.name)
         for line in registration.lines:
             self._log.info("MoE offload: %s", line)
+        if self._device_side is not None:
+            self._device_side.connect([bank.name for bank in registration.registered])
 
     def _link_layers(self) -> None:
         """Tell each layer which one comes after it; after the last, the next forward's first."""
         in_order = [self.dispatches[name] for name in self._needs]
         for index, dispatch in enumerate(in_order):
             following = in_order[(index + 1) % len(in_order)]
-            if following is not dispatch:
+            if following is not dispatch and isinstance(dispatch, Dispatch) and isinstance(following, Dispatch):
                 dispatch.following = following
 
     def _report_banks(self) -> None:
@@ -552,12 +578,6 @@ class OffloadRuntime:
                 values[self.counters.bank_bytes[bank.name, kind]] = byte_count
 
 
-def _layer_number(name: str, index: int) -> int:
-    """The model's number of a layer, as its name has it."""
-    numbers = [int(part) for part in name.split(".") if part.isdigit()]
-    return numbers[0] if numbers else index
-
-
 def _end(
     sidecar: Sidecar,
     mover: Mover,
@@ -566,6 +586,8 @@ def _end(
     closing: Sequence[Callable[[], None]],
 ) -> None:
     sidecar.stop()
+    if sidecar.device_side is not None:
+        sidecar.device_side.close()
     mover.close()
     for close in closing:
         close()

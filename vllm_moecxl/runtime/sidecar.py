@@ -12,6 +12,7 @@ from vllm_moecxl.data.banks.memory import NumaBank
 from vllm_moecxl.data.devices.base import DeviceBackend
 from vllm_moecxl.data.mover import Mover
 from vllm_moecxl.runtime.counters import Counters
+from vllm_moecxl.runtime.device_side import DeviceSide
 from vllm_moecxl.runtime.foresight import Foresight
 
 logger = logging.getLogger("vllm.moecxl")
@@ -57,6 +58,8 @@ class Sidecar:
         self._bank_index = 0
         #: What the routing of forwards leads to; set once the model is complete, None where nobody wants it.
         self.foresight: Foresight | None = None
+        #: What device-driven layers have in common; None where the host looks experts up.
+        self.device_side: DeviceSide | None = None
         #: What ended the thread.
         self.failure: BaseException | None = None
         #: Whether the forward may count on it; updated by `watch`.
@@ -96,6 +99,8 @@ class Sidecar:
             now_s: by the clock that it was made with.
         """
         self._beat_s = now_s
+        if self.device_side is not None:
+            self.device_side.collect()
         if self.foresight is not None:
             self.foresight.drain()
         self._mover.feed()

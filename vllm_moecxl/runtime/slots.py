@@ -71,6 +71,11 @@ class SlotCache:
         self._counted = dict.fromkeys(SlotState, 0)
         self._count()
 
+    @property
+    def slot_count(self) -> int:
+        """Slots of the layer."""
+        return self.residency.slot_count
+
     def lease(self, routes: npt.NDArray[np.uint32]) -> Lease | None:
         """Hold the slots of all these experts, or None unless every one is resident; see `Residency.lease`."""
         with self._lock:

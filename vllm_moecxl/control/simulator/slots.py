@@ -71,6 +71,11 @@ class Slots:
         """Prefetched slabs of which nobody knows yet what they were good for."""
         return len(self._expected)
 
+    @property
+    def slot_count(self) -> int:
+        """Slots of the layer."""
+        return self.residency.slot_count
+
     def lease(self, routes: npt.NDArray[np.uint32]) -> Lease | None:
         """Hold the slots of all these experts, or None unless every one is resident."""
         return self.residency.lease(routes)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
+import numpy.typing as npt
 import torch
+
+#: Rows of tensors that kernels touch: ([rows, ...] tensor, ids of its rows).
+Rows = Sequence[tuple[torch.Tensor, Iterable[int]]]
+#: What kernels read, and what they write.
+Touches = tuple[Rows, Rows]
 
 
 class Stream:
@@ -34,10 +40,13 @@ class DeviceBackend(Protocol):
         is_host: whether the device's memory is the host's: kernels can read homes, and a copy is done when `copy`
             returns.
         in_flight_bytes_max: bytes that may be queued to be copied, on all streams together.
+        can_look_up: whether kernels of ours run there that read registered host memory at the host's own addresses: the
+            device can look experts up, and fetch them, by itself.
     """
 
     is_host: bool
     in_flight_bytes_max: int
+    can_look_up: bool
 
     def compute_stream(self) -> Stream:
         """Where the kernels of the calling thread run."""
@@ -111,6 +120,24 @@ class DeviceBackend(Protocol):
             sources, targets: [rows, ...] tensors on the device, contiguous.
         """
 
+    def run(self, name: str, work: Callable[[], None], touches: Callable[[], Touches]) -> None:
+        """Queue kernels on the compute stream.
+
+        Args:
+            name: for messages.
+            work: launches them.
+            touches: what they read and write, as the device knows it when they run; asked only by who checks it.
+        """
+
+    def is_capturing(self) -> bool:
+        """Whether what is queued on the compute stream now is captured in a graph, to be run later and often."""
+
+    def read_words(self, words: torch.Tensor) -> npt.NDArray[Any]:
+        """A copy of staged memory that kernels write: each word whole, and whatever they wrote by now."""
+
+    def write_word(self, words: torch.Tensor, index: int, word: int) -> None:
+        """Write a word of staged memory that kernels read, at once. What this thread saw before happens before it."""
+
     def record(self, stream: Stream) -> Event:
         """An event behind all that is queued on a stream by now."""
 
@@ -131,6 +158,20 @@ class DeviceBackend(Protocol):
 
     def adopt_thread(self) -> None:
         """Called first of all in each thread that copies: put it where it is near the memory and beside the kernels."""
+
+
+class HostWords:
+    """How words of staged memory are read and written where the host sees the device's memory accesses in order."""
+
+    @staticmethod
+    def read_words(words: torch.Tensor) -> npt.NDArray[Any]:
+        """See `DeviceBackend.read_words`."""
+        return words.numpy().copy()
+
+    @staticmethod
+    def write_word(words: torch.Tensor, index: int, word: int) -> None:
+        """See `DeviceBackend.write_word`."""
+        words.numpy()[index] = word
 
 
 def check_copy(source: torch.Tensor, target: torch.Tensor) -> None:

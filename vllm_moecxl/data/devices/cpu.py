@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from moecxl_kernels.host import copy_rows
 
-from vllm_moecxl.data.devices.base import Event, Stream, check_copy, to_int32
+from vllm_moecxl.data.devices.base import Event, HostWords, Stream, Touches, check_copy, to_int32
 from vllm_moecxl.data.host import anonymous_tensor, as_tensor, available_bytes, tensor_before
 from vllm_moecxl.linux import affinity, memory
 from vllm_moecxl.linux.memory import SharedPages
@@ -22,12 +22,13 @@ _DONE = Event()
 _KERNEL_ELEMENTS_MAX = (1 << 31) - 1
 
 
-class CpuBackend:
+class CpuBackend(HostWords):
     """See `DeviceBackend`. Work is done in the thread that asks for it, before the call returns."""
 
     is_host = True
     #: Nothing is ever in flight.
     in_flight_bytes_max = sys.maxsize
+    can_look_up = False
 
     def __init__(self) -> None:
         #: By address, what tails are mapped from.
@@ -73,6 +74,12 @@ class CpuBackend:
         memory.copy(source.data_ptr(), target.data_ptr(), source.nbytes)
 
     copy_rows = staticmethod(copy_rows)
+
+    def run(self, name: str, work: Callable[[], None], touches: Callable[[], Touches]) -> None:
+        work()
+
+    def is_capturing(self) -> bool:
+        return False
 
     def record(self, stream: Stream) -> Event:
         return _DONE

@@ -9,23 +9,27 @@ for which data/registration.py asks the kernel each time.
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from moecxl_kernels.host import copy_rows
 
-from vllm_moecxl.data.devices.base import Event, Stream, check_copy, to_int32
+from vllm_moecxl.data.devices.base import Event, HostWords, Stream, Touches, check_copy, to_int32
 from vllm_moecxl.data.devices.pinning import PinnedMemory
 from vllm_moecxl.data.host import anonymous_tensor
 from vllm_moecxl.errors import CapacityError
 from vllm_moecxl.linux import affinity
-from vllm_moecxl.units import MIB, format_bytes
+from vllm_moecxl.units import KIB, MIB, format_bytes
+
+if TYPE_CHECKING:  # it needs Triton
+    from moecxl_kernels.gather import SlabMap
 
 #: Most of it has no annotations.
 _cuda: Any = torch.cuda
@@ -33,6 +37,14 @@ _cuda: Any = torch.cuda
 #: More than a millisecond of PCIe 5.0 x16, so that the link never runs dry; a demand waits no longer than that behind
 #: what was queued before it. By arithmetic, not measured.
 _IN_FLIGHT_BYTES_MAX = 64 * MIB
+#: Rows that are shorter are copied on the device by one kernel, all that a call has of them; longer ones by a memory
+#: copy each. Source: published for reads of host memory by an H100 with PCIe 5, not measured for the device's own;
+#: re-measure with `python -m benchmarks copy`.
+COPY_ENGINE_MIN_BYTES = 28 * KIB
+#: Programs of that kernel: more than most devices have multiprocessors. By arithmetic, not measured.
+_ROW_PROGRAM_COUNT = 256
+#: CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM of the driver's interface.
+_CAN_USE_HOST_POINTER = 91
 #: Copies on a stream between two marks of ours, where nobody records events.
 _UNMARKED_COUNT_MAX = 64
 
@@ -78,7 +90,7 @@ class CudaEvent(Event):
         self.event = event
 
 
-class CudaBackend:
+class CudaBackend(HostWords):
     """See `DeviceBackend`. Registered and staged memory is given back when the backend is gone."""
 
     is_host = False
@@ -86,8 +98,11 @@ class CudaBackend:
 
     def __init__(self, device: torch.device) -> None:
         self._device = torch.device("cuda", _cuda.current_device()) if device.index is None else device
+        self.can_look_up = _uses_host_addresses(self._device)
         self._lock = threading.Lock()
         self._copy_streams: dict[int, CudaStream] = {}
+        #: Of short rows, by their addresses and sizes: a layer's slots and the layer buffers stay where they are.
+        self._row_maps: dict[tuple[tuple[int, ...], ...], SlabMap] = {}
         # However much: NVIDIA's driver does not check RLIMIT_MEMLOCK, which most containers keep small.
         self._pinned = PinnedMemory(partial(_pin, self._device), partial(_unpin, self._device))
         #: Runs once: when called, or when this object or the process ends.
@@ -142,7 +157,51 @@ class CudaBackend:
                 target[start:stop].copy_(source[start:stop], non_blocking=True)
         stream.keep(source, target)
 
-    copy_rows = staticmethod(copy_rows)
+    def copy_rows(
+        self,
+        sources: Sequence[torch.Tensor],
+        source_ids: Sequence[int],
+        targets: Sequence[torch.Tensor],
+        target_ids: Sequence[int],
+    ) -> None:
+        pairs = list(zip(sources, targets, strict=True))
+        short = [pair for pair in pairs if _row_bytes(pair[0]) < COPY_ENGINE_MIN_BYTES]
+        long = [pair for pair in pairs if _row_bytes(pair[0]) >= COPY_ENGINE_MIN_BYTES]
+        copy_rows([source for source, _ in long], source_ids, [target for _, target in long], target_ids)
+        if short and source_ids:
+            self._gather_rows(short, source_ids, target_ids)
+
+    def _gather_rows(
+        self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], source_ids: Sequence[int], target_ids: Sequence[int]
+    ) -> None:
+        """As `copy_rows`, in one launch."""
+        from moecxl_kernels.gather import gather_slabs
+
+        assert max(source_ids) < min(len(source) for source, _ in pairs)
+        assert max(target_ids) < min(len(target) for _, target in pairs)
+        ids = [one for both in zip(source_ids, target_ids, strict=True) for one in both]
+        # Waits for what is queued, which whoever copies rows has done before: it has asked for the routed ids.
+        words = self.to_device(torch.tensor([len(source_ids), *ids], dtype=torch.int32))
+        gather_slabs(words[1:].view(-1, 2), words[:1], self._row_map(pairs), _ROW_PROGRAM_COUNT)
+
+    def _row_map(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> SlabMap:
+        from moecxl_kernels.gather import slab_map
+
+        key = tuple((source.data_ptr(), target.data_ptr(), len(source), _row_bytes(source)) for source, target in pairs)
+        if key not in self._row_maps:
+            sizes = [_row_bytes(source) for source, _ in pairs]
+            rows = [
+                [source.data_ptr() + row * size for (source, _), size in zip(pairs, sizes, strict=True)]
+                for row in range(min(len(source) for source, _ in pairs))
+            ]
+            self._row_maps[key] = slab_map(rows, [target.data_ptr() for _, target in pairs], sizes, sizes, self._device)
+        return self._row_maps[key]
+
+    def run(self, name: str, work: Callable[[], None], touches: Callable[[], Touches]) -> None:
+        work()
+
+    def is_capturing(self) -> bool:
+        return bool(_cuda.is_current_stream_capturing())
 
     def record(self, stream: Stream) -> Event:
         assert isinstance(stream, CudaStream)
@@ -170,6 +229,22 @@ class CudaBackend:
         _cuda.set_device(self._device)
         place = _cuda.get_device_properties(self._device)
         affinity.use_cpus_near(f"{place.pci_domain_id:04x}:{place.pci_bus_id:02x}:{place.pci_device_id:02x}.0")
+
+
+def _row_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of one row of a [rows, ...] tensor."""
+    return tensor.nbytes // len(tensor)
+
+
+def _uses_host_addresses(device: torch.device) -> bool:
+    """Whether kernels read registered memory at the host's own addresses, as nearly every device does."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    answer = ctypes.c_int()
+    code = driver.cuDeviceGetAttribute(ctypes.byref(answer), _CAN_USE_HOST_POINTER, device.index)
+    return code == 0 and answer.value == 1
 
 
 def _pin(device: torch.device, address: int, byte_count: int) -> int:

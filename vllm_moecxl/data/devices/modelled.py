@@ -4,25 +4,27 @@ It stands in for a device of its own where there is none, to find races between 
 runs its operations in order, one at a time; operations of different streams overlap, unless an event orders them. Who
 steps next, a stream or the host, is asked of a `Chooser`, so that a search can go through the schedules and replay one.
 
-The device moves only where the host could notice: in `query` as far as the chooser likes, in `synchronize` and
-`route_ids` as far as it must. That leaves no schedule out: a step that comes earlier, between two other calls of the
-host, could as well come at the next such point, and nobody would see a difference.
+The device moves only where the host could notice: in `query` and `read_words` as far as the chooser likes, in
+`synchronize` and `route_ids` as far as it must. That leaves no schedule out: a step that comes earlier, between two
+other calls of the host, could as well come at the next such point, and nobody would see a difference.
 
 Two kinds of checks. What *strikes* in the schedule at hand: bytes that are read before they were written, operations
 that overlap in time and in memory, a source that the host overwrote before its copy had ended, and whatever a kernel
 finds wrong in its rows. And what is *unordered*: two operations of which neither is known to end before the other
-starts, in which case some schedule strikes even if this one does not. The latter is read off vector clocks.
-Source: C. Flanagan, S. Freund, "FastTrack: efficient and precise dynamic race detection", PLDI 2009.
+starts, in which case some schedule strikes even if this one does not. The latter is read off vector clocks; see
+`modelled_order`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
+import numpy.typing as npt
 import torch
 
-from vllm_moecxl.data.devices.base import Event, Stream, check_copy, to_int32
+from vllm_moecxl.data.devices.base import Event, Rows, Stream, Touches, check_copy, to_int32
+from vllm_moecxl.data.devices.modelled_order import Order, merge
 from vllm_moecxl.data.devices.modelled_parts import (
     MemoryMap,
     ModelledEvent,
@@ -31,11 +33,8 @@ from vllm_moecxl.data.devices.modelled_parts import (
     Region,
     Wait,
     clash,
-    merge,
 )
 
-#: Accesses to one piece of memory that are kept without looking which of them are of no interest any more.
-_ACCESSES_KEPT = 16
 #: The host among the actors that a chooser chooses from; the others are streams.
 HOST = 0
 
@@ -67,6 +66,7 @@ class ModelledBackend:
     """
 
     is_host = False
+    can_look_up = True
 
     def __init__(
         self,
@@ -83,14 +83,13 @@ class ModelledBackend:
         self.violation: Violation | None = None
         self._chooser = chooser
         self._may_register = may_register
-        self._checks_order = checks_order
         self._capacity_bytes = capacity_bytes
         self._patience = patience
         self._patience_left = patience
         self._trace = trace
         self._memory = MemoryMap()
         self._running: list[Operation] = []
-        self._host_clock: list[int] = []
+        self._order = Order(is_checked=checks_order)
         self._streams: list[ModelledStream] = []
         self._copy_streams: dict[int, ModelledStream] = {}
         self._compute = self._new_stream("compute")
@@ -137,7 +136,7 @@ class ModelledBackend:
             self._fail(f"{memory.nbytes} bytes of host memory are unregistered, which nobody registered or staged")
         found = region[0]
         for operation, start, stop, _ in found.accesses:
-            if not self._is_known_to_host(operation):
+            if not self._order.is_known_to_host(operation):
                 self._fail(f"{found.cell(start, stop)} is unregistered before {operation} is known to have ended")
         self._memory.remove(found)
 
@@ -163,8 +162,8 @@ class ModelledBackend:
         target_ids: Sequence[int],
     ) -> None:
         assert len(sources) == len(targets) and len(source_ids) == len(target_ids)
-        reads = [region for source in sources for region in self._rows(source, source_ids)]
-        writes = [region for target in targets for region in self._rows(target, target_ids)]
+        reads = [region for source in sources for region in self._device_rows(source, source_ids)]
+        writes = [region for target in targets for region in self._device_rows(target, target_ids)]
         assert all(read[2] - read[1] == write[2] - write[1] for read, write in zip(reads, writes, strict=True))
 
         def act() -> None:
@@ -174,9 +173,30 @@ class ModelledBackend:
         if reads:
             self._submit(Operation("copy of rows", self._compute, reads, writes, act, (*sources, *targets)))
 
+    def run(self, name: str, work: Callable[[], None], touches: Callable[[], Touches]) -> None:
+        """See `DeviceBackend.run`; `touches` is asked when the kernels start, `work` is called when they end.
+
+        Host memory that they write are words, which the host reads with `read_words` while they run; so are those that
+        it writes with `write_word`. Who reads a word knows what its writer knew, if the kernels list it, a row for each
+        word: leave out those that nobody shall learn from. What kernels learn holds for what runs after them.
+        """
+        self.run_on(self._compute, name, work, touches)
+
+    def is_capturing(self) -> bool:
+        return False
+
+    def read_words(self, words: torch.Tensor) -> npt.NDArray[Any]:
+        self._let_run(None)
+        self._order.host_reads(range(words.data_ptr(), words.data_ptr() + words.nbytes, words.itemsize))
+        return words.numpy().copy()
+
+    def write_word(self, words: torch.Tensor, index: int, word: int) -> None:
+        words.numpy()[index] = word
+        self._order.host_writes(words.data_ptr() + index * words.itemsize)
+
     def record(self, stream: Stream) -> ModelledEvent:
         assert isinstance(stream, ModelledStream)
-        merge(stream.clock, self._host_clock)
+        merge(stream.clock, self._order.host_clock)
         event = ModelledEvent(stream.clock.copy())
         stream.queue.append(event)
         return event
@@ -188,17 +208,9 @@ class ModelledBackend:
 
     def query(self, event: Event) -> bool:
         assert isinstance(event, ModelledEvent)
-        while (ready := self._ready()) and not event.is_complete:
-            actors = [stream.actor for stream in ready]
-            if self._patience_left:
-                actors.insert(0, HOST)
-            actor = self._chosen(actors)
-            if actor == HOST:
-                self._patience_left -= 1
-                return False
-            self._step(self._streams[actor - 1])
+        self._let_run(event)
         if event.is_complete:
-            merge(self._host_clock, event.clock)
+            merge(self._order.host_clock, event.clock)
         return event.is_complete
 
     def synchronize(self, event: Event) -> None:
@@ -206,7 +218,7 @@ class ModelledBackend:
         while (ready := self._ready()) and not event.is_complete:
             self._step(self._streams[self._chosen([stream.actor for stream in ready]) - 1])
         assert event.is_complete, "an event is waited for that nobody recorded here"
-        merge(self._host_clock, event.clock)
+        merge(self._order.host_clock, event.clock)
 
     def route_ids(self, topk_ids: torch.Tensor) -> torch.Tensor:
         # The ids come from a kernel: the host waits for all that was queued before, as for any tensor that it reads.
@@ -231,8 +243,14 @@ class ModelledBackend:
             reads: [rows, ...] device tensors, and the rows of each that it reads.
             check: looks at these rows when the kernel runs; raises what `violate` gives where they are wrong.
         """
-        regions = [region for tensor, row_ids in reads for region in self._rows(tensor, row_ids)]
+        regions = [region for tensor, row_ids in reads for region in self._device_rows(tensor, row_ids)]
         self._submit(Operation(name, self._compute, regions, [], check, tuple(tensor for tensor, _ in reads)))
+
+    def run_on(
+        self, stream: ModelledStream, name: str, work: Callable[[], None], touches: Callable[[], Touches]
+    ) -> None:
+        """See `run`, on any stream."""
+        self._submit(Operation(name, stream, [], [], work, touches=touches))
 
     def label(self, tensor: torch.Tensor, name: str) -> None:
         """Give device or staging memory a name for messages."""
@@ -262,6 +280,18 @@ class ModelledBackend:
 
     # Time.
 
+    def _let_run(self, event: ModelledEvent | None) -> None:
+        """The host looks: let the device go on as far as the chooser likes, but not beyond an event."""
+        while (ready := self._ready()) and not (event is not None and event.is_complete):
+            actors = [stream.actor for stream in ready]
+            if self._patience_left:
+                actors.insert(0, HOST)
+            actor = self._chosen(actors)
+            if actor == HOST:
+                self._patience_left -= 1
+                return
+            self._step(self._streams[actor - 1])
+
     def _ready(self) -> list[ModelledStream]:
         """Streams whose next entry is an operation; events that are reached are complete afterwards."""
         ready: list[ModelledStream] = []
@@ -279,10 +309,13 @@ class ModelledBackend:
                         break
                     if type(head) is ModelledEvent:
                         head.is_complete = True
+                        merge(head.clock, stream.learned)
                         is_settled = not is_blocked
                     elif not head.event.is_complete:
                         is_blocked = True
                         break
+                    else:
+                        merge(stream.learned, head.event.clock)
                     queue.popleft()
         return ready
 
@@ -307,6 +340,8 @@ class ModelledBackend:
             self._running.append(operation)
 
     def _start(self, operation: Operation) -> None:
+        if operation.touches is not None:
+            self._locate(operation, *operation.touches())
         for memory, start, stop in operation.reads:
             if memory.is_poisoned(start, stop):
                 self._fail(f"{operation} reads {memory.cell(start, stop)}, where nothing was written yet")
@@ -321,64 +356,47 @@ class ModelledBackend:
             memory, *span = operation.reads[0]
             if memory.read(*span) != operation.snapshot:
                 self._fail(f"{memory.cell(*span)} was overwritten by the host before {operation} had ended")
+        words = [memory.read(*span) for memory, *span in operation.words_written]
         try:
             operation.act()
         except Violation as violation:
             self.violation = self.violation or violation
             raise
         operation.keep = ()
+        if operation.touches is not None:
+            for memory, *span in operation.writes:
+                memory.mark_written(*span)
+            self._order.exchange(operation, words)
 
     # Order.
 
     def _submit(self, operation: Operation) -> None:
-        stream = operation.stream
-        clock = stream.clock
-        merge(clock, self._host_clock)
-        for region in operation.reads:
-            self._enter(operation, region, clock, is_write=False)
-        for region in operation.writes:
-            self._enter(operation, region, clock, is_write=True)
-        clock[stream.actor - 1] += 1
-        operation.position = clock[stream.actor - 1]
+        self._require(self._order.queue(operation))
         if self._trace is not None:
-            cells = [f"reads {memory.cell(*span)}" for memory, *span in operation.reads]
-            cells += [f"writes {memory.cell(*span)}" for memory, *span in operation.writes]
-            self._trace.append(f"queue: {operation}: {'; '.join(cells)}")
-        stream.queue.append(operation)
+            self._trace.append(f"queue: {operation.what_it_touches()}")
+        operation.stream.queue.append(operation)
 
-    def _enter(self, operation: Operation, region: Region, clock: list[int], *, is_write: bool) -> None:
-        """Note an access; hold it against those that it is not ordered with."""
-        memory, start, stop = region
-        if len(memory.accesses) > _ACCESSES_KEPT:
-            memory.accesses = [one for one in memory.accesses if not self._is_known_to_host(one[0])]
-        if self._checks_order:
-            for other, other_start, other_stop, other_writes in memory.accesses:
-                if start >= other_stop or other_start >= stop or other is operation:
-                    continue
-                if (is_write or other_writes) and clock[other.stream.actor - 1] < other.position:
-                    self._fail(
-                        f"{operation.name} on the {operation.stream.name} stream {'writes' if is_write else 'reads'} "
-                        f"{memory.cell(start, stop)} without being ordered after {other}, "
-                        f"which {'writes' if other_writes else 'reads'} it"
-                    )
-                if self._is_known_to_host(other):
-                    continue
-                if not memory.is_device and memory.read(other_start, other_stop) != other.snapshot:
-                    self._fail(
-                        f"{memory.cell(other_start, other_stop)} was overwritten by the host before {other} was known "
-                        "to have ended"
-                    )
-        memory.accesses.append((operation, start, stop, is_write))
+    def _locate(self, operation: Operation, reads: Rows, writes: Rows) -> None:
+        """An operation starts, and is asked only now what it touches."""
+        for tensor, row_ids in reads:
+            regions = self._rows(tensor, row_ids)
+            operation.reads += regions
+            operation.words_read += [region for region in regions if not region[0].is_device]
+        for tensor, row_ids in writes:
+            for region in self._rows(tensor, row_ids):
+                (operation.writes if region[0].is_device else operation.words_written).append(region)
+        self._require(self._order.locate(operation))
+        if self._trace is not None:
+            self._trace.append(f"touch: {operation.what_it_touches()}")
 
-    def _is_known_to_host(self, operation: Operation) -> bool:
-        if not self._checks_order:
-            return operation.is_ended
-        return self._host_clock[operation.stream.actor - 1] >= operation.position > 0
+    def _require(self, message: str) -> None:
+        if message:
+            self._fail(message)
 
     def _new_stream(self, name: str) -> ModelledStream:
         stream = ModelledStream(name, len(self._streams) + 1)
         self._streams.append(stream)
-        self._host_clock.append(0)
+        self._order.host_clock.append(0)
         for one in self._streams:
             one.clock.append(0)
         return stream
@@ -390,9 +408,18 @@ class ModelledBackend:
             self._fail(f"{role}, {byte_count} bytes, is not in {where}")
         return region
 
+    def _device_rows(self, tensor: torch.Tensor, row_ids: Iterable[int]) -> list[Region]:
+        self._region(tensor.data_ptr(), tensor.nbytes, "what a kernel touches", is_device=True)
+        return self._rows(tensor, row_ids)
+
     def _rows(self, tensor: torch.Tensor, row_ids: Iterable[int]) -> list[Region]:
+        if not tensor.numel():
+            return []
         row_bytes = tensor.nbytes // tensor.shape[0]
-        memory, start, stop = self._region(tensor.data_ptr(), tensor.nbytes, "what a kernel touches", is_device=True)
+        region = self._memory.region(tensor.data_ptr(), tensor.nbytes)
+        if region is None:
+            self._fail(f"what a kernel touches, {tensor.nbytes} bytes, is in no memory that the device reaches")
+        memory, start, stop = region
         regions = [(memory, start + row_id * row_bytes, start + (row_id + 1) * row_bytes) for row_id in row_ids]
         if not all(start <= first and last <= stop for _, first, last in regions):
             self._fail(f"a kernel touches rows {list(row_ids)} of {memory.name}, which has {tensor.shape[0]}")

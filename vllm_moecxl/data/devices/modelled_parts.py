@@ -12,7 +12,10 @@ from typing import final
 
 import torch
 
-from vllm_moecxl.data.devices.base import Event, Stream
+from vllm_moecxl.data.devices.base import Event, Stream, Touches
+
+#: See `Memory.accesses_max`; more where more are of interest at the same time.
+_ACCESSES_KEPT = 16
 
 
 class _Buffer(bytearray):
@@ -32,9 +35,12 @@ class Memory:
         written: per byte whether anything was written there; empty for host memory.
         accesses: operations that touched it, as (operation, start, stop, whether it wrote); those that the host knows
             to have ended may be missing.
+        accesses_max: how many of them are kept without looking which are of no interest any more.
     """
 
-    __slots__ = ("accesses", "base", "byte_count", "holder", "is_device", "name", "row_bytes", "written")
+    __slots__ = (
+        *("accesses", "accesses_max", "base", "byte_count", "holder", "is_device", "name", "row_bytes", "written"),
+    )
 
     def __init__(self, name: str, tensor: torch.Tensor, holder: Callable[[], object], *, is_device: bool) -> None:
         self.name = name
@@ -45,6 +51,7 @@ class Memory:
         self.is_device = is_device
         self.written = bytearray(tensor.nbytes if is_device else 0)
         self.accesses: list[tuple[Operation, int, int, bool]] = []
+        self.accesses_max = _ACCESSES_KEPT
 
     def cell(self, start: int, stop: int) -> str:
         """Bytes of it, in words."""
@@ -60,7 +67,11 @@ class Memory:
 
     def write(self, start: int, content: bytes) -> None:
         ctypes.memmove(self.base + start, content, len(content))
-        self.written[start : start + len(content)] = b"\1" * len(content)
+        self.mark_written(start, start + len(content))
+
+    def mark_written(self, start: int, stop: int) -> None:
+        """Note that something was written to these bytes of the device."""
+        self.written[start:stop] = b"\1" * (stop - start)
 
 
 #: (memory, start, stop): bytes of it.
@@ -123,12 +134,16 @@ class Operation:
         reads, writes: what it touches.
         act: its effect.
         keep: tensors that have to stay until it has ended.
+        touches: says, when it starts, what it reads and writes, where that is not known before.
         snapshot: of a copy from the host, what its source held when it was queued; it has to hold that to the end.
         position: its number on its stream, from 1 on.
+        clock: per stream, how many operations are known to end before it starts.
+        words_read, words_written: words that it shares with the host.
     """
 
     __slots__ = (
-        *("act", "is_ended", "is_running", "keep", "name", "position", "reads", "snapshot", "stream", "writes"),
+        *("act", "clock", "is_ended", "is_running", "keep", "name", "position", "reads", "snapshot", "stream"),
+        *("touches", "words_read", "words_written", "writes"),
     )
 
     def __init__(
@@ -138,7 +153,8 @@ class Operation:
         reads: list[Region],
         writes: list[Region],
         act: Callable[[], None],
-        keep: tuple[torch.Tensor, ...],
+        keep: tuple[torch.Tensor, ...] = (),
+        touches: Callable[[], Touches] | None = None,
     ) -> None:
         self.name = name
         self.stream = stream
@@ -146,13 +162,23 @@ class Operation:
         self.writes = writes
         self.act = act
         self.keep = keep
+        self.touches = touches
         self.snapshot = b""
         self.position = 0
+        self.clock: list[int] = []
+        self.words_read: list[Region] = []
+        self.words_written: list[Region] = []
         self.is_running = False
         self.is_ended = False
 
     def __str__(self) -> str:
         return f"{self.name} (number {self.position} on the {self.stream.name} stream)"
+
+    def what_it_touches(self) -> str:
+        """Its regions, in words."""
+        cells = [f"reads {memory.cell(*span)}" for memory, *span in self.reads]
+        cells += [f"writes {memory.cell(*span)}" for memory, *span in self.writes]
+        return f"{self}: {'; '.join(cells)}"
 
 
 class ModelledStream(Stream):
@@ -160,12 +186,14 @@ class ModelledStream(Stream):
 
     Attributes:
         clock: per stream, how many of its operations are known to end before what is queued here next.
+        learned: what operations that have run here learned from words, of which nobody knew when they were queued.
     """
 
     def __init__(self, name: str, actor: int) -> None:
         self.name = name
         self.actor = actor
         self.clock = [0] * (actor - 1)
+        self.learned: list[int] = []
         self.queue: deque[Operation | ModelledEvent | Wait] = deque()
 
 
@@ -186,13 +214,6 @@ class Wait:
 
     def __init__(self, event: ModelledEvent) -> None:
         self.event = event
-
-
-def merge(clock: list[int], other: list[int]) -> None:
-    """Know what the other knows."""
-    for index, position in enumerate(other):
-        if position > clock[index]:
-            clock[index] = position
 
 
 def clash(some: Sequence[Region], others: Sequence[Region]) -> str:
