@@ -32,7 +32,8 @@ unit: env
 	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target kernels modelled pure
 
 pure: env
-	@$(BIN)/python -m pytest tests/unit tests/seams -rs
+	@$(BIN)/python -m pytest tests/unit
+	@$(BIN)/python -m pytest tests/seams -rs
 
 modelled: env
 	@$(BIN)/python -m pytest tests/property tests/simulation

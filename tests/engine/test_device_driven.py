@@ -24,8 +24,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 #: A whole generation, alone; a batch whose tokens fit the slots together; a prompt that no slots can hold.
 _SCENARIOS = (
-    Scenario("whole generation", ("The quick brown fox",), 40),
-    Scenario("two decodes", ("#include <stdio.h>\n", "def main(argv):\n    "), 12),
+    Scenario("whole generation", ("The quick brown fox",), 32),
+    Scenario("two decodes", ("#include <stdio.h>\n", "def main(argv):\n    "), 8),
     SCENARIOS[2],
 )
 
@@ -87,10 +87,12 @@ def by_the_host(fixture_model: str) -> dict[str, Any]:
 def test_tokens_are_those_of_the_host_driven_slots(
     fixture_model: str, equality: Equality, by_the_host: dict[str, Any], devices: Devices, prefetch: str
 ) -> None:
+    scenarios = _SCENARIOS if prefetch == "off" else _SCENARIOS[:2]  # kernels are slow when they are interpreted
     outputs, metrics = generate_with_metrics(
-        _SCENARIOS, model=fixture_model, moe_offload="cxl", moe_offload_config={"slots": "50%", "prefetch": prefetch}
+        scenarios, model=fixture_model, moe_offload="cxl", moe_offload_config={"slots": "50%", "prefetch": prefetch}
     )
-    compare(equality, f"device-driven on the modelled accelerator, prefetch {prefetch}", by_the_host, outputs)
+    expected = {one.name: by_the_host[one.name] for one in scenarios}
+    compare(equality, f"device-driven on the modelled accelerator, prefetch {prefetch}", expected, outputs)
     (backend,) = devices.backends
     assert backend.violation is None
     assert {"look-up", "gather", "remap"} <= set(backend.names)
@@ -100,4 +102,4 @@ def test_tokens_are_those_of_the_host_driven_slots(
     (runtime,) = devices.runtimes
     totals = torch.stack([one.layer.table.totals for one in runtime.dispatches.values()]).sum(0)
     if prefetch == "auto":
-        assert "gates" in backend.names and totals[ADOPTED] > 0, "what was prefetched was never adopted"
+        assert "gate" in backend.names and totals[ADOPTED] > 0, "what was prefetched was never adopted"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -35,6 +36,13 @@ EXPERT_COUNT, TOPK = 6, 2
 @pytest.fixture(autouse=True)
 def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_layer, "GATHER_PROGRAM_COUNT", 2)  # they are interpreted one after the other
+
+
+@dataclass
+class Helped:
+    """Stands for the sidecar."""
+
+    is_up: bool = True
 
 
 class Layer:
@@ -72,7 +80,9 @@ class Layer:
         self.cells = Cells(layout, slot_count, self.backend)
         config = OffloadConfig.parse({"mode": "cxl", "prefetch": prefetch})
         self.prepared_count = 0
-        self.side = DeviceSide(config, self.backend, torch.device("cpu"), self.mover, LayerOrder(1), self.counters)
+        self.side = DeviceSide(
+            config, self.backend, torch.device("cpu"), self.mover, LayerOrder(1), Helped(), self.counters
+        )
         self.dispatch: DeviceDispatch = self.side.make(
             "toy", 0, self.home, self.cells, TOPK, buffer, self.kernel, self.toy.bind, pass_kind, 1e-3, self.prepare
         )
@@ -162,6 +172,17 @@ def test_a_wide_forward_outside_of_graphs_takes_the_layer_buffer_and_leaves_the_
     layer.check([[0, 1]])
 
 
+def test_a_wide_forward_has_the_next_layers_experts_copied_into_the_other_buffer() -> None:
+    layer, following = Layer(2, has_buffer=True), Layer(2, has_buffer=True)
+    layer.dispatch.following = following.dispatch
+    layer.check([[0, 1], [2, 3], [4, 4]])
+    assert not following.mover.is_idle
+    layer.check([[0, 1], [0, 1], [0, 1]])
+    following.dispatch.buffer.abandon()  # type: ignore[union-attr]
+    layer.check([[0, 1], [0, 1], [0, 1]])
+    assert following.mover.is_idle, "a forward of few experts says nothing about the next layer"
+
+
 def test_rows_of_padding_ask_the_layer_buffer_for_nothing_more() -> None:
     layer = Layer(2, has_buffer=True)
     layer.check([[0, 1], [0, 1], [0, 1], [0, 1]], padding=[2, 3])
@@ -216,7 +237,7 @@ def test_what_was_put_into_slots_before_is_found_there() -> None:
 def test_a_rehearsal_prepares_and_runs_the_kernels_for_nobody() -> None:
     layer = Layer(2)
     layer.dispatch.rehearse(*batch_of([[0, 5], [4, 2]]))
-    assert layer.prepared_count == 1 and layer.backend.names == ["look-up", "gather", "remap"]
+    assert layer.prepared_count and layer.backend.names == ["look-up", "gather", "remap"]
     assert set(layer.dispatch.layer.table.expert_of.tolist()) == {-1}
 
 

@@ -269,7 +269,7 @@ class Engine:
         self._is_closed = True
         self.crew.wake(self)
         for layer in self.layers:
-            layer.slots.close()
+            layer.slots.drop_prefetches(())
         self.mover.close()
         self.crew.join()
 

@@ -17,9 +17,10 @@ from moecxl_kernels.tables import (
 )
 
 from tests.support.homes import store
+from vllm_moecxl.control.layer_order import LayerOrder
 from vllm_moecxl.errors import IntegrityError
 from vllm_moecxl.runtime.counters import Counters
-from vllm_moecxl.runtime.device_layer import EarlyGates
+from vllm_moecxl.runtime.device_layer import EarlyGate
 from vllm_moecxl.runtime.device_ring import DeviceRing
 from vllm_moecxl.runtime.ring import Begun, RoutingRing, Sighting
 from vllm_moecxl.types import Cause, Lookup
@@ -34,7 +35,7 @@ class FakeLayer:
         self.home = store({"weight": torch.zeros(EXPERT_COUNT, 10)})
         self.topk = TOPK
         self.mailbox: Mailbox = make_mailbox(4, 0, DEPTH, ROUTE_COUNT_MAX)
-        self.early_gates: EarlyGates | None = None
+        self.early_gates: list[EarlyGate] = []
         self.visit = self.hits = self.misses = 0
 
     def visited(self, step: int, ids: list[int], *, hits: int = 0, misses: int = 0, flags: int = 0) -> None:
@@ -48,11 +49,9 @@ class FakeLayer:
 
     def scored(self, visit: int, scores: torch.Tensor) -> None:
         """Write what the next gates say, [distances, tokens, experts]."""
-        gates = self.early_gates
-        assert gates is not None
-        bits = scores.numpy().view(np.uint32).astype(np.int64)
-        row = gates.words[row_of(visit, len(gates.words))].view(scores.shape[0], gates.token_count_max, -1)
-        row[:, : scores.shape[1]] = torch.from_numpy((visit & VISIT_MASK) << 32 | bits)
+        for gate, of_gate in zip(self.early_gates, scores, strict=True):
+            words = (visit & VISIT_MASK) << 32 | of_gate.numpy().view(np.uint32).astype(np.int64)
+            gate.words[row_of(visit, len(gate.words)), : words.size] = torch.from_numpy(words).ravel()
 
 
 class Reader:
@@ -60,8 +59,9 @@ class Reader:
         self.now_s = 0.0
         self.layers = [FakeLayer() for _ in range(layer_count)]
         self.counters = Counters(["dram"])
+        self.order = LayerOrder(layer_count)
         self.ring = RoutingRing(keeps_inputs=True, keeps_weights=False)
-        self.device_ring = DeviceRing(self.layers, self.counters, self.ring, clock=lambda: self.now_s)  # type: ignore[arg-type]
+        self.device_ring = DeviceRing(self.layers, self.order, self.counters, self.ring, clock=lambda: self.now_s)  # type: ignore[arg-type]
 
     def taken(self) -> list[tuple[int, list[list[int]]] | Begun]:
         self.device_ring.collect()
@@ -73,6 +73,11 @@ class Reader:
 
     def count(self, outcome: Lookup) -> int:
         return int(self.counters.values[self.counters.lookup[outcome]])
+
+
+def early_gate(depth: int, token_count_max: int) -> EarlyGate:
+    words = torch.zeros(depth, token_count_max * EXPERT_COUNT, dtype=torch.int64)
+    return EarlyGate(torch.zeros(1, EXPERT_COUNT, 5), None, None, words, token_count_max)
 
 
 def begun(time_s: float) -> Begun:
@@ -88,6 +93,14 @@ def test_each_step_comes_with_what_is_in_it_and_its_layers_in_order() -> None:
             layer.visited(step, [step - 7, 3])
     assert reader.taken() == [begun(1.0), (0, [[0, 3]]), (1, [[0, 3]]), begun(2.0), (0, [[1, 3]]), (1, [[1, 3]])]
     assert reader.taken() == []
+
+
+def test_deadlines_go_by_where_the_device_is() -> None:
+    reader = Reader(3)
+    for layer in reader.layers[:2]:
+        layer.visited(1, [0, 3])
+    reader.taken()
+    assert [reader.order.next_position(layer_id) for layer_id in range(3)] == [3.0, 4.0, 2.0]
 
 
 def test_a_step_that_nobody_announced_is_of_unknown_requests() -> None:
@@ -188,8 +201,7 @@ def test_an_id_that_no_layer_has_is_raised_where_the_forward_is() -> None:
 def test_a_visit_is_shown_with_what_the_next_gates_say_and_waits_for_it() -> None:
     reader = Reader(1)
     layer, scores = reader.layers[0], torch.randn(2, 1, EXPERT_COUNT)
-    words = torch.zeros(DEPTH, 2 * 3 * EXPERT_COUNT, dtype=torch.int64)
-    layer.early_gates = EarlyGates(torch.zeros(2, EXPERT_COUNT, 5), None, None, words, token_count_max=3)
+    layer.early_gates = [early_gate(DEPTH, 3), early_gate(DEPTH, 3)]
     layer.visited(1, [2, 3])
     reader.device_ring.collect()
     assert reader.ring.take() is None, "the scores are written after the record"
@@ -204,8 +216,7 @@ def test_a_visit_is_shown_with_what_the_next_gates_say_and_waits_for_it() -> Non
 def test_scores_that_a_later_visit_has_overwritten_are_done_without() -> None:
     reader = Reader(1)
     layer = reader.layers[0]
-    words = torch.zeros(1, 2 * EXPERT_COUNT, dtype=torch.int64)
-    layer.early_gates = EarlyGates(torch.zeros(2, EXPERT_COUNT, 5), None, None, words, token_count_max=1)
+    layer.early_gates = [early_gate(1, 1), early_gate(1, 1)]
     layer.visited(1, [2, 3])
     layer.visited(2, [2, 3])
     layer.scored(2, torch.randn(2, 1, EXPERT_COUNT))

@@ -301,16 +301,6 @@ def test_slots_are_counted_by_their_state(lane_count: int) -> None:
     assert sum(rig.gauge) == 5 and rig.gauge[1] == 0
 
 
-def test_nothing_is_begun_or_in_flight_after_the_end() -> None:
-    rig = Rig(Lazy())
-    rig.slots.prefetch([6, 7], 1.0)
-    rig.mover.feed()
-    rig.slots.close()
-    assert rig.mover.is_idle and rig.pending == set() and rig.outcomes == (0, 0, 2)
-    assert rig.slots.prefetch([6], 1.0) == 0
-    rig.backend.finish()
-
-
 def test_a_prefetch_that_cannot_begin_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     rig = Rig()
 

@@ -99,8 +99,8 @@ class ForwardPlanner:
         return missing[np.argsort(-route_counts[missing], kind="stable")][:free_count]
 
     def expects_all(self, distinct_count: int) -> bool:
-        """Whether a forward that needs so many experts here will very likely need all those of the next layer."""
-        return distinct_count >= _AHEAD_SHARE_MIN * self._expert_count
+        """See `expects_all`."""
+        return expects_all(distinct_count, self._expert_count)
 
     def _token_passes(self, routes: Routes, distinct: Ids, resident: Mask, *, overlaps: bool) -> Sequence[Pass] | None:
         """The fastest token passes; None where the layer buffer copies less."""
@@ -131,3 +131,8 @@ class ForwardPlanner:
             for part, fetch_count in zip(passes, counts, strict=True)
         ]
         return self._costs.passes_s(steps, self._slot_count, overlaps=overlaps)
+
+
+def expects_all(distinct_count: int, expert_count: int) -> bool:
+    """Whether a forward that needs so many experts of a layer will very likely need all those of the next one."""
+    return distinct_count >= _AHEAD_SHARE_MIN * expert_count

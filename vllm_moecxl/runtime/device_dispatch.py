@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
+from vllm_moecxl.control.forward import expects_all
 from vllm_moecxl.control.layer_order import LayerOrder
 from vllm_moecxl.data.devices.base import DeviceBackend
 from vllm_moecxl.data.mover import Mover
@@ -18,7 +19,7 @@ from vllm_moecxl.data.slabs import Home
 from vllm_moecxl.errors import ConfigError, IntegrityError
 from vllm_moecxl.runtime.counters import Counters
 from vllm_moecxl.runtime.device_layer import DeviceLayer
-from vllm_moecxl.runtime.dispatch import Bind, Dispatch, Kernel
+from vllm_moecxl.runtime.dispatch import Bind, Dispatch, Helper, Kernel
 from vllm_moecxl.runtime.lanes import DeviceSlots
 from vllm_moecxl.runtime.layer_buffer import LayerBuffer
 from vllm_moecxl.types import Cause, Lookup, PassKind
@@ -37,9 +38,13 @@ class DeviceDispatch:
         layer: tables and kernels.
         slots: the host's side of them.
         buffer: shared rows, one per expert; None where there are none.
-        order: where the forward is; not told of replayed graphs.
+        order: where the forward is; what runs from slots tells it when it is reported.
+        helper: copies beside the forward.
         pass_kind: how to run what does not fit the slots. Only TOKEN can be cut without asking which experts are there.
         prepare: called before the first forward of all, when the model is complete.
+
+    Attributes:
+        following: the layer that comes after this one.
     """
 
     is_device_driven = True
@@ -53,6 +58,7 @@ class DeviceDispatch:
         slots: DeviceSlots,
         buffer: LayerBuffer | None,
         order: LayerOrder,
+        helper: Helper,
         mover: Mover,
         backend: DeviceBackend,
         counters: Counters,
@@ -70,7 +76,9 @@ class DeviceDispatch:
         self.pass_kind = pass_kind
         #: Seconds that a slab takes from its home, by the profile.
         self.fetch_s = fetch_s
+        self.following: DeviceDispatch | None = None
         self._order = order
+        self._helper = helper
         self._mover = mover
         self._backend = backend
         self._counters = counters
@@ -110,7 +118,7 @@ class DeviceDispatch:
         """
         if not topk_ids.numel():
             return torch.empty_like(x)
-        self._order.arrive(self.layer_id)
+        self._prepare()
         group_count = -(-len(x) // self._token_count_max)
         if group_count == 1:
             return self._run_group(x, topk_weights, topk_ids, is_padding)
@@ -186,9 +194,11 @@ class DeviceDispatch:
         if distinct[-1] >= self.home.expert_count:
             raise IntegrityError(f"{self.name} was asked for expert {distinct[-1]} of {self.home.expert_count}")
         counters = self._counters
-        buffer.claim(self.home)
         needed = distinct.tolist()
-        buffer.bring(needed, Cause.DEMAND, self._order.next_position(self.layer_id))
+        buffer.claim(self.home)
+        buffer.drop_all_but(needed)
+        buffer.bring(needed, Cause.DEMAND, self._order.arrive(self.layer_id))
+        self._bring_following(len(needed))
         counters.add({counters.lookup[Lookup.MISS]: len(needed), counters.passes[PassKind.LAYER_BUFFER]: 1})
         buffer.wait(needed)
         self._bind(buffer.cells.tensors)
@@ -197,6 +207,17 @@ class DeviceDispatch:
         finally:
             self._bind(self.layer.cells.tensors)
             buffer.was_read()
+
+    def _bring_following(self, distinct_count: int) -> None:
+        """Have the next layer's experts copied into the other buffer, if it will very likely need them all."""
+        following = self.following
+        if following is None or following.buffer in (None, self.buffer) or not self._helper.is_up:
+            return
+        if expects_all(distinct_count, self.home.expert_count):
+            assert following.buffer is not None
+            following.buffer.claim(following.home)
+            deadline = self._order.next_position(following.layer_id)
+            following.buffer.bring(range(following.home.expert_count), Cause.PREFETCH, deadline)
 
 
 #: A layer, whoever looks its experts up.

@@ -46,14 +46,14 @@ class Kernels:
 
 
 @dataclass(frozen=True)
-class EarlyGates:
-    """Gates of the next layers, stacked for one launch.
+class EarlyGate:
+    """The gate of a layer that follows, and where its scores go.
 
     Attributes:
-        weight: [distances, experts, hidden] on the device.
-        scale: [distances, hidden] float32, or None.
-        bias: [distances, experts] float32, or None.
-        words: [depth, distances x tokens x experts] int64 of host memory that the device writes.
+        weight: [1, experts, hidden] on the device, the model's own parameter.
+        scale: [1, hidden] float32, or None.
+        bias: [1, experts] float32, or None.
+        words: [depth, tokens x experts] int64 of host memory that the device writes.
         token_count_max: tokens that there are words for; of wider forwards nothing is predicted.
     """
 
@@ -79,7 +79,7 @@ class DeviceLayer:
     Attributes:
         table, mailbox: see `moecxl_kernels.tables`.
         route_count_max: routes of one visit, at most: as many as there are slots that are never lent.
-        early_gates: set where somebody wants to know what the next gates will choose.
+        early_gates: of the next layers, the nearest first; set where somebody wants to know what they will choose.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class DeviceLayer:
         self.mailbox = make_mailbox(
             slot_count, lane_count, RECORD_DEPTH, self.route_count_max, partial(staged_words, backend)
         )
-        self.early_gates: EarlyGates | None = None
+        self.early_gates: Sequence[EarlyGate] = ()
         self._backend = backend
         self._device = device
         self._kernels = Kernels()
@@ -172,15 +172,14 @@ class DeviceLayer:
         Args:
             x: [tokens, hidden] on the device.
         """
-        gates = self.early_gates
-        if gates is not None and len(x) <= gates.token_count_max:
-            self._backend.run(
-                f"gates after {self.home.name}",
-                lambda: self._kernels.gate_lookahead(
-                    x, gates.weight, gates.scale, gates.bias, self.table.totals, gates.words, gates.token_count_max
-                ),
-                _nothing,
-            )
+        for gate in self.early_gates:
+            if len(x) <= gate.token_count_max:
+                self._backend.run(f"gate after {self.home.name}", partial(self._apply_early, gate, x), _nothing)
+
+    def _apply_early(self, gate: EarlyGate, x: torch.Tensor) -> None:
+        self._kernels.gate_lookahead(
+            x, gate.weight, gate.scale, gate.bias, self.table.totals, gate.words, gate.token_count_max
+        )
 
     def _looked_up(self) -> Touches:
         """Words that carry order: what the host did before an offer, and what ran before the answer."""

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from moecxl_kernels.tables import NO_EXPERT, PAYLOAD_MASK, VISIT_MASK, VISIT_SHIFT, Record, read_record, row_of
 
+from vllm_moecxl.control.layer_order import LayerOrder
 from vllm_moecxl.errors import IntegrityError
 from vllm_moecxl.runtime.counters import Counters
 from vllm_moecxl.runtime.device_layer import DeviceLayer
@@ -30,6 +31,7 @@ class DeviceRing:
 
     Args:
         layers: in order.
+        order: told where the device is.
         counters: get what was looked up and fetched.
         ring: gets the routing, where somebody predicts.
         clock: seconds.
@@ -41,6 +43,7 @@ class DeviceRing:
     def __init__(
         self,
         layers: Sequence[DeviceLayer],
+        order: LayerOrder,
         counters: Counters,
         ring: RoutingRing | None = None,
         clock: Callable[[], float] = time.perf_counter,
@@ -48,6 +51,7 @@ class DeviceRing:
         self.ring = ring
         self.failure: IntegrityError | None = None
         self._layers = layers
+        self._order = order
         self._counters = counters
         self._clock = clock
         self._visits = [0] * len(layers)
@@ -125,6 +129,7 @@ class DeviceRing:
         if not is_there:
             return False
         self._visits[layer_id] = visit
+        self._order.arrive(layer_id)
         self._count(layer_id, record)
         self._report(layer_id, record, ahead)
         return True
@@ -175,11 +180,14 @@ class DeviceRing:
             Whether there is nothing to wait for, and the scores, if there are any: they are written after the record.
         """
         layer = self._layers[layer_id]
-        gates, token_count = layer.early_gates, record.expert_ids.size // layer.topk
-        if gates is None or not 0 < token_count <= gates.token_count_max:
+        token_count = record.expert_ids.size // layer.topk
+        gates = [gate for gate in layer.early_gates if 0 < token_count <= gate.token_count_max]
+        if not gates:
             return True, None
-        row = gates.words[row_of(visit, len(gates.words))].numpy()
-        words = row.reshape(len(gates.weight), gates.token_count_max, -1)[:, :token_count].copy()
+        rows = [
+            gate.words[row_of(visit, len(gate.words)), : token_count * len(gate.weight[0])].numpy() for gate in gates
+        ]
+        words = np.stack(rows).reshape(len(gates), token_count, -1)
         ahead = (words >> VISIT_SHIFT) - (visit & VISIT_MASK)
         if ahead.any():
             # Where some are of a later visit, those of this one are gone.

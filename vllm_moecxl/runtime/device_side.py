@@ -14,9 +14,9 @@ from vllm_moecxl.data.mover import Mover
 from vllm_moecxl.data.slabs import Cells, Home
 from vllm_moecxl.runtime.counters import Counters
 from vllm_moecxl.runtime.device_dispatch import DeviceDispatch
-from vllm_moecxl.runtime.device_layer import RECORD_DEPTH, DeviceLayer, EarlyGates, staged_words
+from vllm_moecxl.runtime.device_layer import DeviceLayer, EarlyGate, staged_words
 from vllm_moecxl.runtime.device_ring import DeviceRing
-from vllm_moecxl.runtime.dispatch import Bind, Kernel
+from vllm_moecxl.runtime.dispatch import Bind, Helper, Kernel
 from vllm_moecxl.runtime.lanes import DeviceSlots
 from vllm_moecxl.runtime.layer_buffer import LayerBuffer
 from vllm_moecxl.runtime.lookahead import GateLookahead
@@ -29,6 +29,10 @@ _LANE_COUNT_MAX = 4
 _LANE_SHARE = 1 / 8
 #: Forwards of more tokens are not predicted: they need nearly all experts.
 _LOOKAHEAD_TOKEN_COUNT_MAX = 32
+#: Visits whose early gates' scores are kept for the sidecar: a power of two, of a few megabytes for a whole model.
+_LOOKAHEAD_DEPTH = 4
+#: Forwards are numbered from 1 to here, and again.
+_STEP_MAX = (1 << 31) - 1
 
 
 class DeviceSide:
@@ -41,6 +45,7 @@ class DeviceSide:
         device: torch.device,
         mover: Mover,
         order: LayerOrder,
+        helper: Helper,
         counters: Counters,
     ) -> None:
         self._config = config
@@ -48,6 +53,7 @@ class DeviceSide:
         self._device = device
         self._mover = mover
         self._order = order
+        self._helper = helper
         self._counters = counters
         self._layers: list[DeviceLayer] = []
         self._slots: list[DeviceSlots] = []
@@ -88,6 +94,7 @@ class DeviceSide:
             slots,
             buffer,
             self._order,
+            self._helper,
             self._mover,
             self._backend,
             self._counters,
@@ -114,16 +121,10 @@ class DeviceSide:
 
     def foresee(self, ring: RoutingRing | None, lookahead: GateLookahead | None) -> None:
         """From now on the routing goes to `ring`, with what `lookahead` says of the next layers."""
-        for layer_id, layer in enumerate(self._layers):
-            if lookahead is not None and (gates := lookahead.stacked(layer_id, self._device)) is not None:
-                weight, scale, bias = gates
-                word_count = weight.shape[0] * _LOOKAHEAD_TOKEN_COUNT_MAX * weight.shape[1]
-                words = staged_words(self._backend, RECORD_DEPTH * word_count)
-                layer.early_gates = EarlyGates(
-                    *(weight, scale, bias, words.view(RECORD_DEPTH, word_count)),
-                    _LOOKAHEAD_TOKEN_COUNT_MAX,
-                )
-        self._ring = DeviceRing(self._layers, self._counters, ring)
+        if lookahead is not None:
+            for layer_id, layer in enumerate(self._layers):
+                layer.early_gates = [self._early_gate(*gate) for gate in lookahead.following(layer_id)]
+        self._ring = DeviceRing(self._layers, self._order, self._counters, ring)
 
     def begin(self, begun: Begun | None, ring_time_s: float) -> None:
         """A forward that requests asked for is about to be queued.
@@ -140,9 +141,11 @@ class DeviceSide:
             with self._lock:
                 self._ring.skip()
         self._ring.raise_failure()
-        self._step += 1
-        self._step_word.fill_(self._step & 0x7FFF_FFFF)
-        self._ring.begin(self._step & 0x7FFF_FFFF, begun or Begun(None, None, ring_time_s))
+        self._step = self._step % _STEP_MAX + 1
+        # In order with the kernels: the host may be a step ahead of them.
+        self._step_word.fill_(self._step)
+        with self._lock:
+            self._ring.begin(self._step, begun or Begun(None, None, ring_time_s))
 
     def collect(self) -> None:
         """Take in what the device has told; move on what is lent to the host. Any thread."""
@@ -154,10 +157,15 @@ class DeviceSide:
             for slots in self._slots:
                 slots.settle()
 
-    def close(self) -> None:
-        """Give up what is being fetched into slots that are lent to the host."""
-        for slots in self._slots:
-            slots.close()
+    def _early_gate(self, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None) -> EarlyGate:
+        word_count = _LOOKAHEAD_TOKEN_COUNT_MAX * len(weight)
+        return EarlyGate(
+            weight[None].contiguous(),  # the parameter itself, nearly always
+            None if scale is None else scale[None].contiguous(),
+            None if bias is None else bias[None].contiguous(),
+            staged_words(self._backend, _LOOKAHEAD_DEPTH * word_count).view(_LOOKAHEAD_DEPTH, word_count),
+            _LOOKAHEAD_TOKEN_COUNT_MAX,
+        )
 
     def _lane_count(self, home: Home, cells: Cells, topk: int) -> int:
         """Slots that are lent, for prefetches; none where there are none, or none to spare."""

@@ -106,7 +106,6 @@ class DeviceSlots:
         self.slot_count = cells.cell_count - lane_count
         self._lanes = [_Lane(self.slot_count + lane_id) for lane_id in range(lane_count)]
         self.unused: set[int] = set()
-        self._is_closed = False
         self._settle_count = 0
         self._counted = dict.fromkeys(SlotState, 0)
         self._count(self._resident())
@@ -147,7 +146,7 @@ class DeviceSlots:
                 if lane.fetch is not None and lane.expert_id in expert_ids:
                     self._mover.promote(lane.fetch, Cause.PREFETCH, deadline, wanters)
             resident = self._resident()
-            idle = [lane for lane in self._lanes if lane.expert_id is None and not self._is_closed]
+            idle = [lane for lane in self._lanes if lane.expert_id is None]
             pending = self._pending()
             absent = [one for one in dict.fromkeys(expert_ids) if not resident[one] and one not in pending]
             for lane, expert_id in zip(idle, absent, strict=False):
@@ -186,19 +185,6 @@ class DeviceSlots:
             self._settle_count += 1
             if self._settle() or self._settle_count % _COUNT_PERIOD == 0:
                 self._count(self._resident())
-
-    def close(self) -> None:
-        """Begin nothing any more, and give up what is on its way; returns when nothing of it is in flight.
-
-        What is offered stays so, the device may take it.
-        """
-        with self._lock:
-            self._is_closed = True
-            filling = [lane for lane in self._lanes if lane.fetch is not None]
-            self._mover.cancel([lane.fetch for lane in filling if lane.fetch is not None])
-            for lane in filling:
-                self._abandon(lane)
-            self._count(self._resident())
 
     def _settle(self) -> bool:
         """Move the lanes on as far as they can be; whether one has moved."""

@@ -80,27 +80,16 @@ class GateLookahead:
         scores: Scores = torch.stack(rows).cpu().numpy()
         return scores
 
-    def stacked(
-        self, layer_id: int, device: torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] | None:
-        """The next layers' gates for one launch on a device.
+    def following(self, layer_id: int) -> list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]]:
+        """The gates of the next layers, the nearest first, for kernels that apply them to this layer's input.
 
         Returns:
-            [distances, experts, hidden] weights, [distances, hidden] float32 scales or None, [distances, experts]
-            float32 biases or None; None for all where a gate is not known, or after the last layer.
+            For each its own [experts, hidden] weight, [hidden] float32 scale or None, and [experts] bias or None; none
+            where a gate is not known, or after the last layer.
         """
         here = self._gates[layer_id]
-        if here is None or not (following := self._following(layer_id, here.weight.shape[1])):
-            return None
-        weight = torch.stack([gate.weight for gate in following]).to(device)
-        scales = [self._scale(layer_id, gate) for gate in following]
-        known = [scale for scale in scales if scale is not None]
-        biases = [gate.bias for gate in following if gate.bias is not None]
-        return (
-            weight,
-            torch.stack(known).to(device) if len(known) == len(scales) else None,
-            torch.stack(biases).float().to(device) if len(biases) == len(following) else None,
-        )
+        gates = [] if here is None else self._following(layer_id, here.weight.shape[1])
+        return [(gate.weight, self._scale(layer_id, gate), gate.bias) for gate in gates]
 
     def _following(self, layer_id: int, hidden_size: int) -> list[Gate]:
         gates = self._gates[layer_id + 1 : layer_id + 1 + self._reach]

@@ -399,6 +399,7 @@ class OffloadRuntime:
                 self._device,
                 self._mover,
                 self._layer_order(),
+                self._sidecar,
                 self.counters,
             )
             self._sidecar.device_side = self._device_side
@@ -557,8 +558,8 @@ class OffloadRuntime:
         in_order = [self.dispatches[name] for name in self._needs]
         for index, dispatch in enumerate(in_order):
             following = in_order[(index + 1) % len(in_order)]
-            if following is not dispatch and isinstance(dispatch, Dispatch) and isinstance(following, Dispatch):
-                dispatch.following = following
+            if following is not dispatch:
+                dispatch.following = following  # all of an engine are of one kind
 
     def _report_banks(self) -> None:
         """Say what was achieved, in the log and in metrics."""
@@ -586,8 +587,6 @@ def _end(
     closing: Sequence[Callable[[], None]],
 ) -> None:
     sidecar.stop()
-    if sidecar.device_side is not None:
-        sidecar.device_side.close()
     mover.close()
     for close in closing:
         close()
