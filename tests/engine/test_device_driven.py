@@ -45,7 +45,8 @@ def devices() -> Iterator[Devices]:
 
     from vllm_moecxl.integration import worker
     from vllm_moecxl.integration.graphs import GraphPlan
-    from vllm_moecxl.runtime import device_layer, device_side
+    from vllm_moecxl.runtime.device_driven import layer as device_layer
+    from vllm_moecxl.runtime.device_driven import side as device_side
 
     made = Devices()
 

@@ -15,7 +15,7 @@ from tests.engine.test_equality import Equality, compare
 from tests.engine.test_graphs import BOTH, PIECEWISE, engine
 from tests.support.checkpoints import build
 from vllm_moecxl.errors import ConfigError
-from vllm_moecxl.runtime.device_dispatch import DeviceDispatch
+from vllm_moecxl.runtime.device_driven.dispatch import DeviceDispatch
 
 with warnings.catch_warnings():  # its own affairs, and the marks of tests do not hold while they are collected
     warnings.simplefilter("ignore")

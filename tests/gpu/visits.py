@@ -33,7 +33,7 @@ from tests.kernels.reference_ensure import ensure
 from tests.support.homes import random_bits
 from vllm_moecxl.data.devices.base import DeviceBackend
 from vllm_moecxl.data.host import anonymous_tensor
-from vllm_moecxl.runtime.device_layer import staged_words
+from vllm_moecxl.runtime.device_driven.layer import staged_words
 
 EXPERT_COUNT, SLOT_COUNT, TOKEN_COUNT, TOPK, HIDDEN = 16, 7, 3, 2, 64
 #: Rows of a slab: of any size, of several blocks with a tail, of whole 128-bit words.

@@ -23,10 +23,11 @@ from vllm_moecxl.data.layout import SlabLayout
 from vllm_moecxl.data.mover import Mover
 from vllm_moecxl.data.slabs import Cells, Home, LayerCells
 from vllm_moecxl.errors import CapacityError, ConfigError, IntegrityError
-from vllm_moecxl.runtime import device_layer, device_side
 from vllm_moecxl.runtime.counters import Counters
-from vllm_moecxl.runtime.device_dispatch import DeviceDispatch
-from vllm_moecxl.runtime.device_side import DeviceSide
+from vllm_moecxl.runtime.device_driven import layer as device_layer
+from vllm_moecxl.runtime.device_driven import side as device_side
+from vllm_moecxl.runtime.device_driven.dispatch import DeviceDispatch
+from vllm_moecxl.runtime.device_driven.side import DeviceSide
 from vllm_moecxl.runtime.layer_buffer import LayerBuffer
 from vllm_moecxl.types import Lookup, PassKind
 
@@ -170,6 +171,13 @@ def test_a_wide_forward_outside_of_graphs_takes_the_layer_buffer_and_leaves_the_
     assert layer.backend.names.count("look-up") == 1
     assert layer.dispatch.layer.table.expert_of.tolist() == [0, 1]
     layer.check([[0, 1]])
+
+
+@pytest.mark.parametrize(("pass_kind", "look_up_count"), [(PassKind.TOKEN, 2), (PassKind.LAYER_BUFFER, 0)])
+def test_two_groups_run_from_slots_where_the_kernel_may_be_cut(pass_kind: PassKind, look_up_count: int) -> None:
+    layer = Layer(2, has_buffer=True, pass_kind=pass_kind)
+    layer.check([[0, 1], [2, 3]])
+    assert layer.backend.names.count("look-up") == look_up_count
 
 
 def test_a_wide_forward_has_the_next_layers_experts_copied_into_the_other_buffer() -> None:

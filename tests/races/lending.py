@@ -23,9 +23,9 @@ from vllm_moecxl.data import carrier, mover, staging
 from vllm_moecxl.data.banks.memory import MemoryRows
 from vllm_moecxl.data.devices.base import Event, Touches
 from vllm_moecxl.data.slabs import Cells, Home
-from vllm_moecxl.runtime import lanes
 from vllm_moecxl.runtime.counters import Counters
-from vllm_moecxl.runtime.lanes import DeviceSlots
+from vllm_moecxl.runtime.device_driven import lanes
+from vllm_moecxl.runtime.device_driven.lanes import DeviceSlots
 
 _RING_CELL_COUNT = 2
 _PATIENCE = 4

@@ -17,7 +17,7 @@ from vllm_moecxl.control.residency import Residency
 from vllm_moecxl.data.carrier import Carrier
 from vllm_moecxl.data.mover import Mover
 from vllm_moecxl.data.staging import StagingRing
-from vllm_moecxl.runtime.lanes import DeviceSlots
+from vllm_moecxl.runtime.device_driven.lanes import DeviceSlots
 from vllm_moecxl.runtime.layer_buffer import LayerBuffer
 from vllm_moecxl.runtime.slots import SlotCache
 

@@ -20,8 +20,8 @@ from tests.support.homes import store
 from vllm_moecxl.control.layer_order import LayerOrder
 from vllm_moecxl.errors import IntegrityError
 from vllm_moecxl.runtime.counters import Counters
-from vllm_moecxl.runtime.device_layer import EarlyGate
-from vllm_moecxl.runtime.device_ring import DeviceRing
+from vllm_moecxl.runtime.device_driven.layer import EarlyGate
+from vllm_moecxl.runtime.device_driven.ring import DeviceRing
 from vllm_moecxl.runtime.ring import Begun, RoutingRing, Sighting
 from vllm_moecxl.types import Cause, Lookup
 

@@ -21,7 +21,7 @@ from vllm_moecxl.data.mover import Mover
 from vllm_moecxl.data.slabs import Cells
 from vllm_moecxl.errors import TransferError
 from vllm_moecxl.runtime.counters import Counters, PrefetchOutcome
-from vllm_moecxl.runtime.lanes import DeviceSlots
+from vllm_moecxl.runtime.device_driven.lanes import DeviceSlots
 from vllm_moecxl.types import SlotState
 
 EXPERT_COUNT, SLOT_COUNT, LANE_COUNT = 8, 5, 2

@@ -22,7 +22,7 @@ from vllm_moecxl.integration.graphs import is_capturing, over_padding, padding_m
 from vllm_moecxl.integration.loading import load_to_homes
 from vllm_moecxl.integration.packed import load_from_file
 from vllm_moecxl.integration.runner import SplitRunner
-from vllm_moecxl.runtime.device_dispatch import DeviceDispatch
+from vllm_moecxl.runtime.device_driven.dispatch import DeviceDispatch
 from vllm_moecxl.runtime.dispatch import Dispatch
 from vllm_moecxl.runtime.packing import Packer
 from vllm_moecxl.runtime.runtime import OffloadRuntime

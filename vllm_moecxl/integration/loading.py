@@ -21,7 +21,7 @@ from vllm_moecxl.data.host import FileMappings, trim_heap
 from vllm_moecxl.integration.buffered import BufferedParameters
 from vllm_moecxl.integration.described import describe_layer, need_of
 from vllm_moecxl.integration.initial_values import InitialValues
-from vllm_moecxl.runtime.device_dispatch import AnyDispatch
+from vllm_moecxl.runtime.device_driven.dispatch import AnyDispatch
 from vllm_moecxl.runtime.packing import Packer
 from vllm_moecxl.runtime.runtime import OffloadRuntime
 

@@ -27,7 +27,7 @@ from vllm_moecxl.integration.initial_values import InitialValues
 from vllm_moecxl.integration.kernels import is_built_from_one_expert
 from vllm_moecxl.integration.loading import replace_steps
 from vllm_moecxl.integration.scan import named_tensors, solid
-from vllm_moecxl.runtime.device_dispatch import AnyDispatch
+from vllm_moecxl.runtime.device_driven.dispatch import AnyDispatch
 from vllm_moecxl.runtime.runtime import OffloadRuntime
 
 #: Whether the model that is being loaded has its experts from a slab file.

@@ -17,7 +17,7 @@ from vllm_moecxl.control.prefetch import PrefetchPlanner
 from vllm_moecxl.control.prefetching import Prefetching
 from vllm_moecxl.control.recorder import TraceRecorder
 from vllm_moecxl.data.mover import Mover
-from vllm_moecxl.runtime.device_dispatch import AnyDispatch, DeviceDispatch
+from vllm_moecxl.runtime.device_driven.dispatch import AnyDispatch, DeviceDispatch
 from vllm_moecxl.runtime.dispatch import Dispatch
 from vllm_moecxl.runtime.foresight import Recording
 from vllm_moecxl.types import Cause

@@ -36,8 +36,8 @@ from vllm_moecxl.data.slabfile import PackedLayer
 from vllm_moecxl.data.slabs import Cells, Home, HomeBuilder, LayerCells
 from vllm_moecxl.errors import CapacityError, ConfigError, IntegrityError
 from vllm_moecxl.runtime.counters import BANK_BYTES_KINDS, Counters
-from vllm_moecxl.runtime.device_dispatch import AnyDispatch
-from vllm_moecxl.runtime.device_side import DeviceSide
+from vllm_moecxl.runtime.device_driven.dispatch import AnyDispatch
+from vllm_moecxl.runtime.device_driven.side import DeviceSide
 from vllm_moecxl.runtime.dispatch import Bind, Dispatch, Kernel
 from vllm_moecxl.runtime.foreseeing import REACH, make_prefetching, make_recording
 from vllm_moecxl.runtime.foresight import Foresight

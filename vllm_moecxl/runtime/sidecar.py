@@ -12,7 +12,7 @@ from vllm_moecxl.data.banks.memory import NumaBank
 from vllm_moecxl.data.devices.base import DeviceBackend
 from vllm_moecxl.data.mover import Mover
 from vllm_moecxl.runtime.counters import Counters
-from vllm_moecxl.runtime.device_side import DeviceSide
+from vllm_moecxl.runtime.device_driven.side import DeviceSide
 from vllm_moecxl.runtime.foresight import Foresight
 
 logger = logging.getLogger("vllm.moecxl")

@@ -18,9 +18,9 @@ from vllm_moecxl.data.mover import Mover
 from vllm_moecxl.data.slabs import Home
 from vllm_moecxl.errors import ConfigError, IntegrityError
 from vllm_moecxl.runtime.counters import Counters
-from vllm_moecxl.runtime.device_layer import DeviceLayer
+from vllm_moecxl.runtime.device_driven.lanes import DeviceSlots
+from vllm_moecxl.runtime.device_driven.layer import DeviceLayer
 from vllm_moecxl.runtime.dispatch import Bind, Dispatch, Helper, Kernel
-from vllm_moecxl.runtime.lanes import DeviceSlots
 from vllm_moecxl.runtime.layer_buffer import LayerBuffer
 from vllm_moecxl.types import Cause, Lookup, PassKind
 

@@ -12,7 +12,7 @@ from moecxl_kernels.tables import NO_EXPERT, PAYLOAD_MASK, VISIT_MASK, VISIT_SHI
 from vllm_moecxl.control.layer_order import LayerOrder
 from vllm_moecxl.errors import IntegrityError
 from vllm_moecxl.runtime.counters import Counters
-from vllm_moecxl.runtime.device_layer import DeviceLayer
+from vllm_moecxl.runtime.device_driven.layer import DeviceLayer
 from vllm_moecxl.runtime.ring import Begun, RoutingRing, Sighting
 from vllm_moecxl.types import Cause, Lookup
 

@@ -13,11 +13,11 @@ from vllm_moecxl.data.devices.base import DeviceBackend
 from vllm_moecxl.data.mover import Mover
 from vllm_moecxl.data.slabs import Cells, Home
 from vllm_moecxl.runtime.counters import Counters
-from vllm_moecxl.runtime.device_dispatch import DeviceDispatch
-from vllm_moecxl.runtime.device_layer import DeviceLayer, EarlyGate, staged_words
-from vllm_moecxl.runtime.device_ring import DeviceRing
+from vllm_moecxl.runtime.device_driven.dispatch import DeviceDispatch
+from vllm_moecxl.runtime.device_driven.lanes import DeviceSlots
+from vllm_moecxl.runtime.device_driven.layer import DeviceLayer, EarlyGate, staged_words
+from vllm_moecxl.runtime.device_driven.ring import DeviceRing
 from vllm_moecxl.runtime.dispatch import Bind, Helper, Kernel
-from vllm_moecxl.runtime.lanes import DeviceSlots
 from vllm_moecxl.runtime.layer_buffer import LayerBuffer
 from vllm_moecxl.runtime.lookahead import GateLookahead
 from vllm_moecxl.runtime.ring import Begun, RoutingRing
