@@ -59,6 +59,7 @@ class Layer:
         routes: Sequence[Route] | None = None,
         bank_count: int = 1,
         registers: bool = True,
+        is_up: bool = True,
     ) -> None:
         self.backend = PromptBackend()
         self.toy = ToyMoe(EXPERT_COUNT, seed=1)
@@ -82,7 +83,7 @@ class Layer:
         config = OffloadConfig.parse({"mode": "cxl", "prefetch": prefetch})
         self.prepared_count = 0
         self.side = DeviceSide(
-            config, self.backend, torch.device("cpu"), self.mover, LayerOrder(1), Helped(), self.counters
+            config, self.backend, torch.device("cpu"), self.mover, LayerOrder(1), Helped(is_up), self.counters
         )
         self.dispatch: DeviceDispatch = self.side.make(
             "toy", 0, self.home, self.cells, TOPK, buffer, self.kernel, self.toy.bind, pass_kind, 1e-3, self.prepare
@@ -166,11 +167,11 @@ def test_rows_of_padding_fetch_nothing() -> None:
 @pytest.mark.parametrize("pass_kind", [PassKind.TOKEN, PassKind.LAYER_BUFFER])
 def test_a_wide_forward_outside_of_graphs_takes_the_layer_buffer_and_leaves_the_slots(pass_kind: PassKind) -> None:
     layer = Layer(2, has_buffer=True, pass_kind=pass_kind)
-    layer.check([[0, 1]])
+    layer.check([[4, 5]])
     layer.check([[0, 1], [2, 3], [4, 5]])
     assert layer.backend.names.count("look-up") == 1
-    assert layer.dispatch.layer.table.expert_of.tolist() == [0, 1]
-    layer.check([[0, 1]])
+    assert layer.dispatch.layer.table.expert_of.tolist() == [4, 5]
+    layer.check([[4, 5]])
 
 
 @pytest.mark.parametrize(("pass_kind", "look_up_count"), [(PassKind.TOKEN, 2), (PassKind.LAYER_BUFFER, 0)])
@@ -180,15 +181,28 @@ def test_two_groups_run_from_slots_where_the_kernel_may_be_cut(pass_kind: PassKi
     assert layer.backend.names.count("look-up") == look_up_count
 
 
-def test_a_wide_forward_has_the_next_layers_experts_copied_into_the_other_buffer() -> None:
-    layer, following = Layer(2, has_buffer=True), Layer(2, has_buffer=True)
+def beside(is_up: bool = True) -> tuple[Layer, Layer]:
+    """Two layers, each with a buffer, the second one after the first; and whether there is a sidecar."""
+    layer, following = Layer(2, has_buffer=True, is_up=is_up), Layer(2, has_buffer=True)
     layer.dispatch.following = following.dispatch
+    return layer, following
+
+
+def test_a_wide_forward_has_the_next_layers_experts_copied_into_the_other_buffer() -> None:
+    layer, following = beside()
     layer.check([[0, 1], [2, 3], [4, 4]])
     assert not following.mover.is_idle
-    layer.check([[0, 1], [0, 1], [0, 1]])
-    following.dispatch.buffer.abandon()  # type: ignore[union-attr]
-    layer.check([[0, 1], [0, 1], [0, 1]])
-    assert following.mover.is_idle, "a forward of few experts says nothing about the next layer"
+    following.check([[0, 1], [2, 0], [1, 2]])
+    assert following.mover.is_idle, "what turns out not to be needed is not copied any more"
+
+
+@pytest.mark.parametrize(("is_up", "ids"), [(False, [[0, 1], [2, 3], [4, 4]]), (True, [[0, 1], [0, 1], [0, 1]])])
+def test_nothing_is_copied_ahead_without_a_sidecar_or_after_a_forward_of_few_experts(
+    is_up: bool, ids: list[list[int]]
+) -> None:
+    layer, following = beside(is_up)
+    layer.check(ids)
+    assert following.mover.is_idle
 
 
 def test_rows_of_padding_ask_the_layer_buffer_for_nothing_more() -> None:
@@ -262,6 +276,19 @@ def test_an_offered_expert_is_found_in_its_slot(monkeypatch: pytest.MonkeyPatch)
     layer.check([[4, 0]])
     layer.side.collect()
     assert (layer.count(Lookup.HIT), layer.count(Lookup.MISS)) == (1, 1)
+
+
+@pytest.mark.parametrize(("token_count", "is_applied"), [(1, True), (2, False)])
+def test_gates_are_applied_early_to_as_many_tokens_as_there_are_words_for(token_count: int, is_applied: bool) -> None:
+    layer = Layer(4)
+    weight = torch.randn(1, EXPERT_COUNT, HIDDEN_SIZE, generator=torch.Generator().manual_seed(5))
+    words = device_layer.staged_words(layer.backend, EXPERT_COUNT).view(1, EXPERT_COUNT)
+    layer.dispatch.layer.early_gates = [device_layer.EarlyGate(weight, None, None, words, token_count_max=1)]
+    layer.check([[0, 1]] * token_count)
+    assert ("gate" in layer.backend.names) == is_applied == bool(words.any())
+    if is_applied:
+        scores = (words & 0xFFFF_FFFF).to(torch.uint32).view(torch.float32)
+        torch.testing.assert_close(scores, batch_of([[0, 1]])[0] @ weight[0].T)
 
 
 def test_every_tensor_of_a_quantised_slab_is_fetched() -> None:
