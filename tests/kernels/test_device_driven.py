@@ -9,16 +9,18 @@ from unittest import mock
 
 import pytest
 import torch
+from moecxl_kernels.tables import ADOPTED
 
 from tests.property.toy_moe import HIDDEN_SIZE, ToyMoe
 from tests.support.homes import dram, random_bits, store
-from tests.support.prompt_backend import PromptBackend
+from tests.support.prompt_backend import PromptBackend, RandomChooser
 from vllm_moecxl.config import OffloadConfig
 from vllm_moecxl.control.layer_order import LayerOrder
 from vllm_moecxl.control.placement import Part, Route
 from vllm_moecxl.data import slabs
 from vllm_moecxl.data.banks.base import Bank
 from vllm_moecxl.data.banks.memory import MemoryRows
+from vllm_moecxl.data.devices.modelled import ModelledBackend
 from vllm_moecxl.data.layout import SlabLayout
 from vllm_moecxl.data.mover import Mover
 from vllm_moecxl.data.slabs import Cells, Home, LayerCells
@@ -29,6 +31,7 @@ from vllm_moecxl.runtime.device_driven import side as device_side
 from vllm_moecxl.runtime.device_driven.dispatch import DeviceDispatch
 from vllm_moecxl.runtime.device_driven.side import DeviceSide
 from vllm_moecxl.runtime.layer_buffer import LayerBuffer
+from vllm_moecxl.runtime.ring import Begun, RoutingRing, Sighting
 from vllm_moecxl.types import Lookup, PassKind
 
 EXPERT_COUNT, TOPK = 6, 2
@@ -60,8 +63,9 @@ class Layer:
         bank_count: int = 1,
         registers: bool = True,
         is_up: bool = True,
+        backend: ModelledBackend | None = None,
     ) -> None:
-        self.backend = PromptBackend()
+        self.backend = backend or PromptBackend()
         self.toy = ToyMoe(EXPERT_COUNT, seed=1)
         banks: list[Bank] = [dram(f"bank {index}") for index in range(bank_count)]
         with mock.patch.object(slabs, "STRIPE_GRANULE_BYTES", 4):
@@ -94,7 +98,8 @@ class Layer:
         self.prepared_count += 1
 
     def kernel(self, *arguments: torch.Tensor) -> torch.Tensor:
-        self.backend.catch_up()
+        if isinstance(self.backend, PromptBackend):
+            self.backend.catch_up()
         return self.toy.kernel(*arguments)
 
     def check(self, ids: list[list[int]], padding: Sequence[int] = ()) -> None:
@@ -263,19 +268,77 @@ def test_a_rehearsal_prepares_and_runs_the_kernels_for_nobody() -> None:
     assert set(layer.dispatch.layer.table.expert_of.tolist()) == {-1}
 
 
+def test_what_was_looked_up_before_the_first_request_is_not_counted() -> None:
+    layer = Layer(4)
+    layer.check([[0, 1]])
+    layer.begin()
+    layer.check([[0, 2]])
+    layer.side.collect()
+    assert (layer.count(Lookup.HIT), layer.count(Lookup.MISS)) == (1, 1)
+
+
+def test_what_was_looked_up_comes_with_the_forward_that_it_was_for() -> None:
+    layer = Layer(4)
+    ring = RoutingRing(keeps_inputs=True, keeps_weights=False)
+    layer.side.foresee(ring, None)
+    for time_s, ids in ((1.0, [0, 1]), (2.0, [2, 3])):
+        layer.side.begin(Begun(None, None, time_s), 0.0)
+        layer.check([ids])
+    layer.side.collect()
+    entries = [ring.take() for _ in range(4)]
+    assert [entry.time_s for entry in entries if isinstance(entry, Begun)] == [1.0, 2.0]
+    assert [entry.expert_ids.tolist() for entry in entries if isinstance(entry, Sighting)] == [[[0, 1]], [[2, 3]]]
+
+
+@pytest.mark.parametrize(
+    ("slot_count", "share", "prefetch", "lane_count"),
+    [(4, 1 / 4, "auto", 1), (4, 1 / 8, "auto", 0), (4, 1 / 4, "off", 0), (6, 1 / 2, "auto", 0), (3, 2 / 3, "auto", 1)],
+    ids=["a share", "less than one", "nobody prefetches", "every expert has a slot", "a token needs the others"],
+)
+def test_slots_are_lent_where_they_can_be_spared(
+    monkeypatch: pytest.MonkeyPatch, slot_count: int, share: float, prefetch: str, lane_count: int
+) -> None:
+    monkeypatch.setattr(device_side, "_LANE_SHARE", share)
+    assert Layer(slot_count, prefetch=prefetch).dispatch.layer.lane_count == lane_count
+
+
 def test_an_offered_expert_is_found_in_its_slot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_side, "_LANE_SHARE", 1 / 4)
     layer = Layer(4, prefetch="auto")
     assert layer.dispatch.layer.lane_count == 1
     layer.begin()
-    slots = layer.dispatch.slots
-    assert slots.prefetch([4], 1.0) == 1
-    while not layer.mover.is_idle:
-        layer.mover.feed()
-    layer.side.collect()
-    layer.check([[4, 0]])
-    layer.side.collect()
-    assert (layer.count(Lookup.HIT), layer.count(Lookup.MISS)) == (1, 1)
+    for ids in ([0, 1], [2, 0]):
+        layer.check([ids])
+    # The second one goes into a slot that the first one's adoption has freed, and that a gather wrote before.
+    for expert_id, ids in ((4, [4, 0]), (5, [5, 4])):
+        assert layer.dispatch.slots.prefetch([expert_id], 1.0) == 1
+        while not layer.mover.is_idle:
+            layer.mover.feed()
+        layer.side.collect()
+        layer.check([ids])
+        layer.side.collect()
+    assert (layer.count(Lookup.HIT), layer.count(Lookup.MISS)) == (5, 3)
+    layer.backend.finish()
+
+
+def test_a_slot_that_comes_back_may_be_written_although_nobody_waited_for_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(device_side, "_LANE_SHARE", 1 / 4)
+    backend = ModelledBackend(RandomChooser())
+    layer = Layer(4, prefetch="auto", backend=backend)
+    look_up, slots = layer.dispatch.layer.look_up, layer.dispatch.slots
+    for ids in ([0, 1], [2, 0]):
+        look_up(torch.tensor([ids]), None)
+    for expert_id in (4, 5):
+        while not slots.prefetch([expert_id], 1.0):
+            slots.settle()
+        while slots.view().pending[expert_id] and not layer.mover.is_idle:
+            layer.mover.feed()
+        slots.settle()
+        look_up(torch.tensor([[expert_id, 0]]), None)
+    backend.finish()
+    assert layer.dispatch.layer.table.totals[ADOPTED] == 2
 
 
 @pytest.mark.parametrize(("token_count", "is_applied"), [(1, True), (2, False)])
