@@ -14,7 +14,7 @@ import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -272,14 +272,36 @@ class Layer:
                 assert row.tolist() == [content(self.layer_id, expert_id)] * len(row)
 
 
-class Engine:
-    """Layers, their slots and buffers, and what feeds them."""
+class Chancy:
+    """What the engines of the search have in common: chance, and a clock."""
 
-    def __init__(self, world: World, spec: Spec, crew: Crew) -> None:
+    def __init__(self, world: World, spec: Any, crew: Crew) -> None:
         self.spec = spec
         self.crew = crew
         self.rng = world.rng
         self._now_s = 0.0
+
+    def fails(self) -> bool:
+        """Whether what comes now is to fail."""
+        return self.spec.failure_rate > 0 and self.rng.random() < self.spec.failure_rate
+
+    def dies(self) -> bool:
+        """Whether the thread that is at work now is to end, if it is one that may."""
+        rate = self.spec.death_rate
+        return rate > 0 and self.crew.current_name.startswith("moecxl-") and self.rng.random() < rate
+
+    def _clock(self) -> float:
+        self._now_s += 1e-6
+        return self._now_s
+
+
+class Engine(Chancy):
+    """Layers, their slots and buffers, and what feeds them."""
+
+    spec: Spec
+
+    def __init__(self, world: World, spec: Spec, crew: Crew) -> None:
+        super().__init__(world, spec, crew)
         banks, homes = homes_of(spec)
         self.backend = world.make_backend(PausingBackend, patience=_PATIENCE if spec.pause_rate else 1)
         self.backend.crew = crew
@@ -301,15 +323,6 @@ class Engine:
         self._is_closed = False
         if spec.pause_rate:
             crew.Thread(self._serve, name="sidecar").start()
-
-    def fails(self) -> bool:
-        """Whether what comes now is to fail."""
-        return self.spec.failure_rate > 0 and self.rng.random() < self.spec.failure_rate
-
-    def dies(self) -> bool:
-        """Whether the thread that is at work now is to end, if it is one that may."""
-        rate = self.spec.death_rate
-        return rate > 0 and self.crew.current_name.startswith("moecxl-") and self.rng.random() < rate
 
     def tick(self) -> None:
         """Time for the sidecar to do something, whenever it comes to."""
@@ -347,10 +360,6 @@ class Engine:
                 expert_ids = self.rng.sample(range(self.spec.expert_count), self.rng.randint(1, 2))
                 deadline = self.order.next_position(layer.layer_id)
                 layer.slots.prefetch(expert_ids, deadline, [self.rng.choice(_WANTERS)])
-
-    def _clock(self) -> float:
-        self._now_s += 1e-6
-        return self._now_s
 
     def _register(self, bank: TinyBank, homes: Sequence[Home]) -> None:
         for home in homes:

@@ -16,7 +16,7 @@ from moecxl_kernels.tables import NONE, Mailbox, SlotTable, make_table
 
 from tests.kernels import reference_ensure
 from tests.races.crew import Crew, Ended
-from tests.races.engine import PausingBackend, Spec, content, homes_of
+from tests.races.engine import Chancy, PausingBackend, Spec, content, homes_of
 from tests.races.search import World
 from vllm_moecxl.control.layer_order import LayerOrder
 from vllm_moecxl.data import carrier, mover, staging
@@ -209,14 +209,13 @@ class Layer:
         return [(tensor, visit.slot_of.values()) for tensor in self.cells.tensors], []
 
 
-class Engine:
+class Engine(Chancy):
     """Layers that the device serves, and a sidecar."""
 
+    spec: LendingSpec
+
     def __init__(self, world: World, spec: LendingSpec, crew: Crew) -> None:
-        self.spec = spec
-        self.crew = crew
-        self.rng = world.rng
-        self._now_s = 0.0
+        super().__init__(world, spec, crew)
         banks, homes = homes_of(spec)
         self.backend = world.make_backend(LendingBackend, patience=_PATIENCE if spec.pause_rate else 1)
         self.backend.crew = crew
@@ -237,15 +236,6 @@ class Engine:
         self._is_closed = False
         if spec.pause_rate:
             crew.Thread(self._serve, name="sidecar").start()
-
-    def fails(self) -> bool:
-        """Whether what comes now is to fail."""
-        return self.spec.failure_rate > 0 and self.rng.random() < self.spec.failure_rate
-
-    def dies(self) -> bool:
-        """Whether the thread that is at work now is to end, if it is one that may."""
-        rate = self.spec.death_rate
-        return rate > 0 and self.crew.current_name.startswith("moecxl-") and self.rng.random() < rate
 
     def forward(self) -> None:
         """Queue a step of the model."""
@@ -317,10 +307,6 @@ class Engine:
                 expert_ids = self.rng.sample(absent, min(len(absent), self.rng.randint(1, 2)))
                 deadline = self.order.next_position(layer.layer_id)
                 layer.slots.prefetch(expert_ids, deadline, [self.rng.choice(_WANTERS)])
-
-    def _clock(self) -> float:
-        self._now_s += 1e-6
-        return self._now_s
 
 
 def run(spec: LendingSpec, world: World) -> None:
