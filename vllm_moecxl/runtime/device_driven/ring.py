@@ -19,7 +19,7 @@ from vllm_moecxl.types import Cause, Lookup
 Scores = npt.NDArray[np.float32]
 
 #: Nothing new from the layer that should be next for this long: perhaps it was passed by.
-_LOST_S = 5e-3
+_LOST_S = 50e-3
 #: Steps that may have begun and not been seen.
 _BEGUN_COUNT_MAX = 8
 
@@ -54,6 +54,9 @@ class DeviceRing:
         self._order = order
         self._counters = counters
         self._clock = clock
+        #: Of each layer its records, [depth, words] int64; the device writes them.
+        self._rows = [layer.mailbox.records.numpy() for layer in layers]
+        self._bytes_by_bank = [layer.home.bytes_by_bank(range(layer.home.expert_count)) for layer in layers]
         self._visits = [0] * len(layers)
         self._totals = [(0, 0)] * len(layers)
         self._next = 0
@@ -106,32 +109,30 @@ class DeviceRing:
 
     def _behind(self, layer_id: int) -> int:
         """Visits of a layer that were not taken in."""
-        tags = self._layers[layer_id].mailbox.records[:, 0].numpy() >> VISIT_SHIFT
+        tags = self._rows[layer_id][:, 0] >> VISIT_SHIFT
         ahead = (tags - self._visits[layer_id]) & VISIT_MASK
         # Rows of earlier visits look as if they were very far ahead.
         return int(np.where(ahead > VISIT_MASK // 2, 0, ahead).max())
 
     def _take(self, layer_id: int) -> bool:
         """Take in the next record of a layer, if it is there."""
-        layer = self._layers[layer_id]
-        records = layer.mailbox.records
-        visit = self._visits[layer_id] + 1
-        record = read_record(records, visit)
+        rows, visit = self._rows[layer_id], self._visits[layer_id] + 1
+        ahead = ((int(rows[row_of(visit, len(rows)), 0]) >> VISIT_SHIFT) - visit) & VISIT_MASK
+        if ahead > VISIT_MASK // 2:  # of an older visit: asked many times a millisecond, so nothing else is looked at
+            return False
+        if ahead:
+            # The ring has gone round. What was lost is in the totals of the latest.
+            visit = self._visits[layer_id] + self._behind(layer_id)
+        record = read_record(self._layers[layer_id].mailbox.records, visit)
         if record is None:
-            # The ring may have gone round. What was lost is in the totals of the latest.
-            if (behind := self._behind(layer_id)) <= len(records):
-                return False
-            visit = self._visits[layer_id] + behind
-            record = read_record(records, visit)
-            if record is None:
-                return False
-        is_there, ahead = self._ahead(layer_id, visit, record)
+            return False
+        is_there, scores = self._ahead(layer_id, visit, record)
         if not is_there:
             return False
         self._visits[layer_id] = visit
         self._order.arrive(layer_id)
         self._count(layer_id, record)
-        self._report(layer_id, record, ahead)
+        self._report(layer_id, record, scores)
         return True
 
     def _count(self, layer_id: int, record: Record) -> None:
@@ -143,7 +144,7 @@ class DeviceRing:
         self._totals[layer_id] = record.hits, record.misses
         amounts = {counters.lookup[Lookup.HIT]: hits, counters.lookup[Lookup.MISS]: misses, counters.single_pass: 1}
         if misses:
-            for name, byte_count in home.bytes_by_bank(range(home.expert_count)).items():
+            for name, byte_count in self._bytes_by_bank[layer_id].items():
                 amounts[counters.fetch_bytes[name, Cause.DEMAND]] = misses * byte_count // home.expert_count
         counters.add(amounts)
         if record.has_unknown_ids and self.failure is None:

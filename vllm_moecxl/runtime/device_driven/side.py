@@ -138,6 +138,8 @@ class DeviceSide:
         """
         assert self._ring is not None
         if not self._step:
+            # Captures and warm-ups have to be over before what they left can be told from what is to come.
+            self._backend.synchronize(self._backend.record(self._backend.compute_stream()))
             with self._lock:
                 self._ring.skip()
         self._ring.raise_failure()
