@@ -291,11 +291,14 @@ def test_slots_are_counted_by_their_state(lane_count: int) -> None:
     for _ in range(1000):
         rig.slots.settle()  # nobody prefetches, and the gauge follows now and then
     assert rig.gauge == [4, 0, 1]
+    assert not rig.slots.is_busy
     assert rig.slots.prefetch([6, 7], 1.0) == lane_count
-    assert rig.gauge == [4 - lane_count, lane_count, 1]
+    assert rig.gauge == [4 - lane_count, lane_count, 1] and rig.slots.is_busy == bool(lane_count)
     rig.land()
+    assert rig.slots.is_busy == bool(lane_count), "what is offered is still under way"
     rig.visit(6)
     rig.slots.view()
+    assert not rig.slots.is_busy
     rig.slots.drop_prefetches([6])
     rig.slots.prefetch([], 1.0)
     assert sum(rig.gauge) == 5 and rig.gauge[1] == 0

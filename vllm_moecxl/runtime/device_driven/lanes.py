@@ -83,6 +83,7 @@ class DeviceSlots:
     Attributes:
         slot_count: slots that the device has for itself, in which a forward finds its experts.
         unused: experts that were prefetched, and not needed since. Each leaves it once, useful, late or wasted.
+        is_busy: whether a lane has something under way, so that `settle` may move it on.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class DeviceSlots:
         self.slot_count = cells.cell_count - lane_count
         self._lanes = [_Lane(self.slot_count + lane_id) for lane_id in range(lane_count)]
         self.unused: set[int] = set()
+        self.is_busy = False
         self._settle_count = 0
         self._counted = dict.fromkeys(SlotState, 0)
         self._count(self._resident())
@@ -153,6 +155,7 @@ class DeviceSlots:
                 rows = self.cells.rows(lane.slot_id)
                 lane.fetch = self._mover.start(self.home, expert_id, rows, Cause.PREFETCH, deadline, wanters)
                 lane.expert_id = expert_id
+                self.is_busy = True
                 self._judge([expert_id], PrefetchOutcome.WASTED)  # it was here before, and has left
                 self.unused.add(expert_id)
                 begun_count += 1
@@ -205,6 +208,7 @@ class DeviceSlots:
             elif lane.fetch.is_over:
                 self._abandon(lane)
                 has_moved = True
+        self.is_busy = any(lane.expert_id is not None for _, lane in busy)
         return has_moved
 
     def _offer(self, lane_id: int, lane: _Lane) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import cycle
 
 import torch
 
@@ -60,6 +61,7 @@ class DeviceSide:
         self._step = 0
         self._step_word = torch.zeros(1, dtype=torch.int32, device=device)
         self._ring: DeviceRing | None = None
+        self._turns: Iterator[DeviceSlots] = iter(())
         self._lock = threading.Lock()
 
     def make(
@@ -124,6 +126,7 @@ class DeviceSide:
         if lookahead is not None:
             for layer_id, layer in enumerate(self._layers):
                 layer.early_gates = [self._early_gate(*gate) for gate in lookahead.following(layer_id)]
+        self._turns = cycle(self._slots)
         self._ring = DeviceRing(self._layers, self._order, self._counters, ring)
 
     def begin(self, begun: Begun | None, ring_time_s: float) -> None:
@@ -156,7 +159,8 @@ class DeviceSide:
                 self._ring.collect()
             finally:
                 self._lock.release()
-            for slots in self._slots:
+            # Asked many times a millisecond: of those with nothing under way, one each time.
+            for slots in [one for one in self._slots if one.is_busy] or [next(self._turns)]:
                 slots.settle()
 
     def _early_gate(self, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None) -> EarlyGate:
