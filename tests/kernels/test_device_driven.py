@@ -155,6 +155,26 @@ def test_a_forward_that_is_wider_than_the_slots_is_cut_in_groups_of_tokens() -> 
     assert layer.backend.names.count("look-up") == 4
 
 
+@pytest.mark.parametrize("captures", [False, True])
+def test_where_every_expert_has_a_slot_no_forward_is_too_wide(captures: bool) -> None:
+    layer = Layer(EXPERT_COUNT, has_buffer=True, pass_kind=PassKind.LAYER_BUFFER)
+    assert isinstance(layer.backend, PromptBackend)
+    layer.backend.captures = captures
+    layer.check([[0, 1], [2, 3], [4, 5]] * 6)
+    assert layer.backend.names.count("look-up") == 1
+    layer.begin()
+    layer.check([[5, 0]] * 20)
+    layer.side.collect()
+    assert (layer.count(Lookup.HIT), layer.count(Lookup.MISS)) == (2, 0)
+
+
+@pytest.mark.parametrize("pass_kind", [PassKind.EXPERT, PassKind.LAYER_BUFFER])
+def test_a_kernel_that_cannot_be_cut_needs_the_layer_buffer(pass_kind: PassKind) -> None:
+    with pytest.raises(ConfigError, match=r"layer_buffer=False is not possible: the kernel of toy .* passes=\"fast\""):
+        Layer(2, pass_kind=pass_kind)
+    Layer(EXPERT_COUNT, pass_kind=pass_kind)
+
+
 def test_a_forward_of_no_tokens_asks_for_nothing() -> None:
     layer = Layer(2)
     layer.check([])

@@ -281,7 +281,8 @@ class OffloadRuntime:
                 buffer,
                 layer.kernel,
                 layer.bind,
-                pass_kind,
+                # Whoever accepts another last bit accepts it from tokens in groups too.
+                PassKind.TOKEN if self.config.passes == "fast" else pass_kind,
                 costs().fetch_s,
                 self._prepare_weakly(),
             )

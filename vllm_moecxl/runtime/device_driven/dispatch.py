@@ -6,6 +6,7 @@ tokens, always the same ones for a width, or, outside of graphs, goes through th
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -45,6 +46,9 @@ class DeviceDispatch:
 
     Attributes:
         following: the layer that comes after this one.
+
+    Raises:
+        ConfigError: there is no exact way to run a wide forward.
     """
 
     is_device_driven = True
@@ -85,7 +89,13 @@ class DeviceDispatch:
         self._kernel = kernel
         self._bind = bind
         self._prepare = prepare
-        self._token_count_max = layer.route_count_max // layer.topk
+        self._token_count_max = layer.token_count_max
+        if buffer is None and pass_kind is not PassKind.TOKEN and layer.token_count_max < sys.maxsize:
+            raise ConfigError(
+                f"--moe-offload-config: layer_buffer=False is not possible: the kernel of {name} keeps its result only "
+                "when a wide forward runs in one pass, and the device cannot fetch so many experts into slots; drop "
+                'the option, or accept a changed last bit with passes="fast"'
+            )
         bind(layer.cells.tensors)
 
     @property
@@ -150,7 +160,7 @@ class DeviceDispatch:
 
     def preload(self, expert_ids: list[int]) -> None:
         """Fetch experts that are likely to be needed first, as far as there are slots; before the first forward."""
-        wanted = expert_ids[: self.layer.route_count_max]
+        wanted = expert_ids[: self.layer.own_count]
         fetches = [
             self._mover.start(self.home, expert_id, self.layer.cells.rows(slot_id), Cause.DEMAND, 0.0)
             for slot_id, expert_id in enumerate(wanted)

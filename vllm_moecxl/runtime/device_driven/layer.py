@@ -5,6 +5,7 @@ Nothing here waits for the device, and nothing reads what it has found out: that
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -78,7 +79,8 @@ class DeviceLayer:
 
     Attributes:
         table, mailbox: see `moecxl_kernels.tables`.
-        route_count_max: routes of one visit, at most: as many as there are slots that are never lent.
+        own_count: slots that the device has for itself, at any time.
+        token_count_max: tokens of one visit, at most, so that their experts fit whatever they are.
         early_gates: of the next layers, the nearest first; set where somebody wants to know what they will choose.
     """
 
@@ -98,10 +100,11 @@ class DeviceLayer:
         self.cells = cells
         self.topk = topk
         self.lane_count = lane_count
-        self.route_count_max = slot_count - lane_count
+        self.own_count = slot_count - lane_count
+        self.token_count_max = sys.maxsize if self.own_count >= home.expert_count else self.own_count // topk
         self.table: SlotTable = make_table(home.expert_count, slot_count, lane_count, device, step)
         self.mailbox = make_mailbox(
-            slot_count, lane_count, RECORD_DEPTH, self.route_count_max, partial(staged_words, backend)
+            slot_count, lane_count, RECORD_DEPTH, self.own_count, partial(staged_words, backend)
         )
         self.early_gates: Sequence[EarlyGate] = ()
         self._backend = backend
@@ -128,7 +131,7 @@ class DeviceLayer:
     def admit(self, expert_ids: Sequence[int]) -> None:
         """Say that these are in the slots from 0 on; before the first visit."""
         count = len(expert_ids)
-        assert count <= self.route_count_max
+        assert count <= self.own_count
         ids = torch.tensor(expert_ids, dtype=torch.int32, device=self._device)
         self.table.expert_of[:count] = ids
         self.table.slot_of[ids.long()] = torch.arange(count, dtype=torch.int32, device=self._device)
@@ -138,13 +141,13 @@ class DeviceLayer:
         """Have every expert of these tokens in a slot when the kernels run that are queued from now on.
 
         Args:
-            topk_ids: [tokens, k] int32 or int64 on the device; no more than `route_count_max` in all.
+            topk_ids: [tokens, k] int32 or int64 on the device; no more than `token_count_max` tokens.
             is_padding: [tokens] bool on the device, rows that nobody asked for; None where there are none.
 
         Returns:
             [tokens, k] int32 on the device, the slots.
         """
-        assert topk_ids.numel() <= self.route_count_max and self._slabs is not None
+        assert len(topk_ids) <= self.token_count_max and self._slabs is not None
         slabs, kernels = self._slabs, self._kernels
         slot_ids = torch.empty_like(topk_ids, dtype=torch.int32)
         self._backend.run(

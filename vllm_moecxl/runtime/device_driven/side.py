@@ -110,7 +110,7 @@ class DeviceSide:
     @property
     def token_count_max(self) -> int:
         """Tokens whose experts fit the slots of every layer, whichever they are."""
-        return min(layer.route_count_max // layer.topk for layer in self._layers)
+        return min(layer.token_count_max for layer in self._layers)
 
     def connect(self, registered: Sequence[str]) -> None:
         """Let the device find the slabs in these banks.
