@@ -210,7 +210,7 @@ class _SeenOnDevice(_Seen, DeviceDispatch):
 def test_a_graph_never_lacks_the_look_up_that_it_replays(
     metadata: Any, is_capturing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(experts, "is_capturing", lambda x: is_capturing)
+    monkeypatch.setattr(_SeenOnDevice, "is_capturing", lambda self: is_capturing)
     mask, ids = torch.tensor([False, True, True]), torch.tensor([[4, 2], [-1, -1]])
     context = ForwardContext(no_compile_layers={}, attn_metadata=metadata, slot_mapping={}, is_padding=mask)
     layer = nn.Module()

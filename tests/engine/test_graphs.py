@@ -23,6 +23,7 @@ with warnings.catch_warnings():  # its own affairs, and the marks of tests do no
 
     from vllm_moecxl.integration import graphs
     from vllm_moecxl.integration.graphs import SPLITTING_OP, GraphPlan, choose
+    from vllm_moecxl.runtime.dispatch import over_padding
 
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
 DECODE_ONLY, BOTH = CUDAGraphMode.FULL_DECODE_ONLY, CUDAGraphMode.FULL_AND_PIECEWISE
@@ -312,13 +313,9 @@ def test_padding_is_the_part_of_vllms_mask_that_the_batch_has(monkeypatch: pytes
 def test_padding_asks_for_no_expert_of_its_own() -> None:
     ids = torch.tensor([[3, 1], [0, 2], [-1, -1], [5, 6]], dtype=torch.int32)
     mask = torch.tensor([False, False, True, True])
-    cleaned = graphs.over_padding(ids, mask)
+    cleaned = over_padding(ids, mask)
     assert cleaned.tolist() == [[3, 1], [0, 2], [3, 1], [3, 1]]
     assert cleaned.dtype == torch.int32
-    assert graphs.over_padding(ids, None) is ids
-    assert graphs.over_padding(torch.full((2, 2), -1), torch.ones(2, dtype=torch.bool)).tolist() == [[0, 0], [0, 0]]
-    assert graphs.over_padding(ids[:0], mask[:0]).shape == (0, 2)
-
-
-def test_nothing_is_captured_off_the_gpu() -> None:
-    assert not graphs.is_capturing(torch.empty(1))
+    assert over_padding(ids, None) is ids
+    assert over_padding(torch.full((2, 2), -1), torch.ones(2, dtype=torch.bool)).tolist() == [[0, 0], [0, 0]]
+    assert over_padding(ids[:0], mask[:0]).shape == (0, 2)

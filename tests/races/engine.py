@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 from unittest import mock
@@ -273,7 +273,16 @@ class Layer:
 
 
 class Chancy:
-    """What the engines of the search have in common: chance, and a clock."""
+    """What the engines of the search have in common: chance, a clock, and the life of a sidecar.
+
+    Attributes:
+        turn_lengths: least and most that the sidecar does when it comes to do something.
+    """
+
+    turn_lengths: tuple[int, int]
+    layers: list[Any]
+    _is_closed: bool
+    _help: Callable[[Any], None]
 
     def __init__(self, world: World, spec: Any, crew: Crew) -> None:
         self.spec = spec
@@ -294,11 +303,22 @@ class Chancy:
         self._now_s += 1e-6
         return self._now_s
 
+    def _serve(self) -> None:
+        """The life of the sidecar."""
+        while True:
+            if not self._is_closed:
+                self.crew.wait_for(self)
+            if self._is_closed:
+                return
+            for _ in range(self.rng.randint(*self.turn_lengths)):
+                self._help(self.rng.choice(self.layers))
+
 
 class Engine(Chancy):
     """Layers, their slots and buffers, and what feeds them."""
 
     spec: Spec
+    turn_lengths = (1, 3)
 
     def __init__(self, world: World, spec: Spec, crew: Crew) -> None:
         super().__init__(world, spec, crew)
@@ -336,16 +356,6 @@ class Engine(Chancy):
         self.crew.wake(self)
         self.mover.close()
         self.crew.join()
-
-    def _serve(self) -> None:
-        """The life of the sidecar."""
-        while True:
-            if not self._is_closed:
-                self.crew.wait_for(self)
-            if self._is_closed:
-                return
-            for _ in range(self.rng.randint(1, 3)):
-                self._help(self.rng.choice(self.layers))
 
     def _help(self, layer: Layer) -> None:
         """Something that a sidecar does."""

@@ -213,6 +213,7 @@ class Engine(Chancy):
     """Layers that the device serves, and a sidecar."""
 
     spec: LendingSpec
+    turn_lengths = (2, 8)
 
     def __init__(self, world: World, spec: LendingSpec, crew: Crew) -> None:
         super().__init__(world, spec, crew)
@@ -280,16 +281,6 @@ class Engine(Chancy):
         fitting = min(spec.slot_count - spec.lane_count, spec.topk * spec.token_count_max)
         count = spec.expert_count if chance > 1 - _WIDE_RATE else rng.randint(1, fitting)
         return sorted(rng.sample(range(spec.expert_count), count))
-
-    def _serve(self) -> None:
-        """The life of the sidecar."""
-        while True:
-            if not self._is_closed:
-                self.crew.wait_for(self)
-            if self._is_closed:
-                return
-            for _ in range(self.rng.randint(2, 8)):
-                self._help(self.rng.choice(self.layers))
 
     def _help(self, layer: Layer) -> None:
         """Something that a sidecar does."""

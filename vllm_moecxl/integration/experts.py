@@ -18,12 +18,12 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from vllm_moecxl.errors import UnsupportedModelError
 from vllm_moecxl.integration.buffered import BufferedParameters
-from vllm_moecxl.integration.graphs import is_capturing, over_padding, padding_mask
+from vllm_moecxl.integration.graphs import padding_mask
 from vllm_moecxl.integration.loading import load_to_homes
 from vllm_moecxl.integration.packed import load_from_file
 from vllm_moecxl.integration.runner import SplitRunner
 from vllm_moecxl.runtime.device_driven.dispatch import DeviceDispatch
-from vllm_moecxl.runtime.dispatch import Dispatch
+from vllm_moecxl.runtime.dispatch import Dispatch, over_padding
 from vllm_moecxl.runtime.packing import Packer
 from vllm_moecxl.runtime.runtime import OffloadRuntime
 
@@ -107,7 +107,7 @@ class SlotExperts(RoutedExperts):
         is_rehearsal = get_forward_context().attn_metadata is None  # vLLM's own dummy runs
         if isinstance(dispatch, DeviceDispatch):
             # A graph replays what its capture launched, dummy inputs or not: the look-up has to be among it.
-            if not is_rehearsal or is_capturing(x):
+            if not is_rehearsal or dispatch.is_capturing():
                 return dispatch(x, topk_weights, topk_ids, is_padding=is_padding)
             return dispatch.rehearse(x, topk_weights, over_padding(topk_ids, is_padding))
         topk_ids = over_padding(topk_ids, is_padding)

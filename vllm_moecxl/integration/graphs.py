@@ -170,11 +170,6 @@ def is_split(compilation: Any) -> bool:
     return SPLITTING_OP in (compilation.splitting_ops or ()) and not compilation.use_inductor_graph_partition
 
 
-def is_capturing(x: torch.Tensor) -> bool:
-    """Whether what is launched on `x` now goes into a graph."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
 def padding_mask(x: torch.Tensor) -> torch.Tensor | None:
     """[tokens] bool on the device: the rows of `x` [tokens, hidden] that a graph pads its batch with, or all of a run
     that no request asked for; None where nobody says.
@@ -186,16 +181,6 @@ def padding_mask(x: torch.Tensor) -> torch.Tensor | None:
         return None
     mask = get_forward_context().is_padding
     return None if mask is None else mask[: len(x)]
-
-
-def over_padding(topk_ids: torch.Tensor, is_padding: torch.Tensor | None) -> torch.Tensor:
-    """Expert ids [tokens, k] that exist in all rows: padding asks for the experts of the first row, and so for no more.
-
-    Padding comes last, so the first row is only padding where all are.
-    """
-    if is_padding is None:
-        return topk_ids
-    return torch.where(is_padding[:, None], topk_ids[:1].clamp(min=0), topk_ids)
 
 
 def _choose_for(vllm_config: Any, config: OffloadConfig) -> GraphPlan:

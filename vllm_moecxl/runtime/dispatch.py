@@ -44,6 +44,16 @@ class Helper(Protocol):
     is_up: bool
 
 
+def over_padding(topk_ids: torch.Tensor, is_padding: torch.Tensor | None) -> torch.Tensor:
+    """Expert ids [tokens, k] that exist in all rows: padding asks for the experts of the first row, and so for no more.
+
+    Padding comes last, so the first row is only padding where all are.
+    """
+    if is_padding is None:
+        return topk_ids
+    return torch.where(is_padding[:, None], topk_ids[:1].clamp(min=0), topk_ids)
+
+
 class Dispatch:
     """Runs one layer from its slots.
 
@@ -62,8 +72,6 @@ class Dispatch:
         following: the layer that comes after this one.
         ring: gets what the router has chosen; None where nobody wants it.
     """
-
-    is_device_driven = False
 
     def __init__(
         self,

@@ -21,7 +21,7 @@ from vllm_moecxl.errors import ConfigError, IntegrityError
 from vllm_moecxl.runtime.counters import Counters
 from vllm_moecxl.runtime.device_driven.lanes import DeviceSlots
 from vllm_moecxl.runtime.device_driven.layer import DeviceLayer
-from vllm_moecxl.runtime.dispatch import Bind, Dispatch, Helper, Kernel
+from vllm_moecxl.runtime.dispatch import Bind, Dispatch, Helper, Kernel, over_padding
 from vllm_moecxl.runtime.layer_buffer import LayerBuffer
 from vllm_moecxl.types import Cause, Lookup, PassKind
 
@@ -51,7 +51,6 @@ class DeviceDispatch:
         ConfigError: there is no exact way to run a wide forward.
     """
 
-    is_device_driven = True
     is_always_in_place = False
 
     def __init__(
@@ -132,12 +131,9 @@ class DeviceDispatch:
         group_count = -(-len(x) // self._token_count_max)
         if group_count == 1:
             return self._run_group(x, topk_weights, topk_ids, is_padding)
-        if not self._backend.is_capturing() and self.buffer is not None:
+        if not self.is_capturing() and self.buffer is not None:
             if self.pass_kind is not PassKind.TOKEN or group_count > _GROUP_COUNT_MAX:
-                # Padding asks for what the first row asks for, and so for no more.
-                if is_padding is not None:
-                    topk_ids = torch.where(is_padding[:, None], topk_ids[:1].clamp(min=0), topk_ids)
-                return self._run_layer_buffer(self.buffer, x, topk_weights, topk_ids)
+                return self._run_layer_buffer(self.buffer, x, topk_weights, over_padding(topk_ids, is_padding))
         elif self.pass_kind is not PassKind.TOKEN:
             raise ConfigError(
                 f"--compilation-config: a graph of {len(x)} tokens is too wide for the slots of {self.name}, whose "
@@ -145,6 +141,10 @@ class DeviceDispatch:
                 f'{self._token_count_max}, ask for more slots, or use --moe-offload-config.lookup "host"'
             )
         return self._run_groups(x, topk_weights, topk_ids, is_padding)
+
+    def is_capturing(self) -> bool:
+        """Whether what is called now goes into a graph."""
+        return self._backend.is_capturing()
 
     def rehearse(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
         """Compute a forward that no request asked for, on what the slots happen to hold; nobody looks at the result.
